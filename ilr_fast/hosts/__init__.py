@@ -1,0 +1,52 @@
+"""A host keeps one agent, wherever it lives: in this process today, in one of its own with its engine later.
+
+Only text, token ids, rewards and numbers cross this interface, so a host can move without the loop noticing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from ilr_fast.types import Generation, Sampling, StepResult, TrainingSequence
+
+
+class Host(Protocol):
+    """One agent: it generates, learns from sequences, saves and loads itself."""
+
+    name: str
+    max_context: int
+    trains: bool  # False for a peer that only talks
+
+    async def generate(self, tokens: Sequence[int], sampling: Sampling) -> Generation:
+        """Samples a continuation with the agent's current weights (types.Engine)."""
+        ...
+
+    def update(self, sequences: Sequence[TrainingSequence], step: int) -> StepResult:
+        """One rollout's optimizer step(s) on this agent's sequences; its engine then uses the new weights.
+
+        `step` counts from 1 and sets the learning rate. A NaN gradient skips the update and says so in the result.
+        """
+        ...
+
+    def save_model(self, folder: Path) -> None:
+        """Writes weights and tokenizer so that `AutoModelForCausalLM.from_pretrained(folder)` (or peft) loads them."""
+        ...
+
+    def save_state(self, folder: Path) -> None:
+        """Writes what resuming needs beside the weights: optimizer state and anything random."""
+        ...
+
+    def load(self, model_folder: Path, state_folder: Path) -> None:
+        """Restores weights and state in place, bit for bit."""
+        ...
+
+    def stats(self) -> dict[str, float]:
+        """Counters since start: tokens_generated, tokens_prompt, tokens_reused, seconds_busy, steps; and
+        `memory_peak_gib`, the peak since the last call."""
+        ...
+
+    def close(self) -> None:
+        """Frees the model."""
+        ...

@@ -1,0 +1,292 @@
+"""The config tree: every key, its default, its meaning and its bounds. `docs/config.md` is generated from this file.
+
+A YAML file lists only what differs from the defaults. Parsing and its errors are in config_parse.py; what no single
+key can tell (contradictions between keys) is checked in `check` at the end, before anything is loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ilr_fast.errors import UserError
+
+
+def key(default: Any, doc: str, *, low: float | None = None, high: float | None = None) -> Any:
+    """A config field: default, one sentence of documentation, inclusive bounds."""
+    metadata = {"doc": doc, "low": low, "high": high}
+    if isinstance(default, (dict, list)) or callable(default):
+        return field(default_factory=default if callable(default) else default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (peft), used where `train: lora`."""
+
+    rank: int = key(16, "Rank of the adapters.", low=1)
+    alpha: float = key(32.0, "Scale of the adapters; they act with alpha / rank.", low=0)
+    dropout: float = key(0.0, "Dropout on the adapters' input.", low=0, high=1)
+    targets: str = key("all-linear", "peft's target_modules: `all-linear`, or module names separated by commas.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with warm-up and a schedule."""
+
+    lr: float = key(1e-6, "Peak learning rate.", low=0)
+    beta1: float = key(0.9, "Decay of the mean of gradients.", low=0, high=1)
+    beta2: float = key(0.95, "Decay of the mean of squared gradients.", low=0, high=1)
+    eps: float = key(1e-8, "Added to the root of the second moment.", low=0)
+    weight_decay: float = key(0.0, "Decoupled weight decay.", low=0)
+    warmup_steps: int = key(0, "Steps of linear warm-up.", low=0)
+    schedule: Literal["constant", "cosine"] = key("constant", "What follows the warm-up.")
+    min_lr_ratio: float = key(0.1, "Where the cosine ends, as a share of lr.", low=0, high=1)
+    clip_norm: float | None = key(1.0, "Largest norm of the whole gradient; null: no clipping.", low=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """The rollout engine of one agent."""
+
+    name: Literal["embedded"] = key("embedded", "The engine: `embedded` is transformers with continuous batching.")
+    slots: int = key(64, "Requests that generate at the same time.", low=1)
+    max_context: int | None = key(None, "Tokens of prompt and generation together; null: the model's own.", low=8)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentConfig:
+    """One LLM: its weights, tokenizer, template, precision, optimizer and engine."""
+
+    model: str = key("", "A folder, a name that `ilr-fast get-model` knows, or a Hub name.")
+    chat_template: str | None = key(None, "A Jinja file or text; null: the tokenizer's own; `plain`: Question/Answer.")
+    template_rewrites: Literal["keep", "refuse"] = key(
+        "keep", "A template that rewrites earlier turns: keep the tokens as sampled, or refuse the run."
+    )
+    device: str = key("auto", "`auto` (cuda where there is one), `cpu`, `cuda` or `cuda:1`.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = key(
+        "auto", "Precision of the weights; auto: float32 on the CPU, bfloat16 on a GPU."
+    )
+    train: Literal["full", "lora", "none"] = key("full", "What is trained; `none`: a peer that only talks.")
+    lora: LoraConfig = key(LoraConfig, "Adapters, where `train: lora`.")
+    optimizer: OptimizerConfig = key(OptimizerConfig, "AdamW and its schedule.")
+    engine: EngineConfig = key(EngineConfig, "The rollout engine.")
+    micro_batch_tokens: int = key(8192, "Most packed tokens in one forward and backward pass.", low=16)
+    gradient_checkpointing: bool = key(False, "Recompute activations in the backward pass: less memory, more time.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """Where questions come from. A source is a JSONL path, a Hub name, or `task:NAME` (see docs/extending.md)."""
+
+    train: str = key("", "Training questions.")
+    validation: str = key("", "Validation questions: ability, best checkpoint.")
+    test: str = key("", "Held-out questions.")
+    task_options: dict[str, Any] = key({}, "Arguments of a generated task (`task:` sources).")
+    train_size: int | None = key(None, "At most so many training questions (a task: exactly).", low=1)
+    validation_size: int | None = key(None, "At most so many validation questions (a task: exactly).", low=1)
+    test_size: int | None = key(None, "At most so many held-out questions (a task: exactly).", low=1)
+    question_key: str = key("question", "The column that holds the question.")
+    answer_key: str = key("answer", "The column that holds the answer.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptConfig:
+    """What agents are told. The texts stand in one file of templates."""
+
+    file: str = key("default", "The prompts: a built-in name (`default`, `short`) or a path to a YAML file.")
+    examples: int = key(0, "Worked examples shown before the question, from the training questions.", low=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutConfig:
+    """How dialogues are sampled."""
+
+    questions: int = key(32, "Questions of one step.", low=1)
+    samples: int = key(8, "G: dialogues for each question.", low=1)
+    temperature: float = key(1.0, "Sampling temperature; the log-probs are of the same distribution.", low=0.01)
+    top_p: float = key(1.0, "Must be 1 while training: the log-probs would be another distribution's.", low=0, high=1)
+    top_k: int = key(0, "Must be 0 (off) while training.", low=0)
+    max_tokens: dict[str, int] = key({"default": 512}, "Most sampled tokens of a turn, by stage; `default` for the rest.")
+    stop: list[str] = key([], "Texts that end a turn, beside the template's own end of turn.")
+    peer_tokens: int = key(512, "Of a peer's text the last so many tokens are kept.", low=1)
+    show_peer_analyses: bool = key(False, "Show the peers' analyses before the fusion too.")
+    rounds: int = key(2, "Rounds of a debate, the first answer included.", low=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AbilityConfig:
+    """γ: each agent's accuracy alone on the validation set, on the IRT scale."""
+
+    questions: int = key(1000, "Validation questions used (all where there are fewer).", low=1)
+    refresh_every: int | None = key(None, "Measure again every so many steps; null: once, as in the paper.", low=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DifficultyConfig:
+    """D: how hard each agent finds each question."""
+
+    estimator: Literal["self_ranking", "pass_rate", "level"] = key("self_ranking", "How difficulty is estimated.")
+    window: int = key(5, "W: questions ranked together.", low=2)
+    repeats: int = key(3, "R: windows in which each question appears.", low=1)
+    samples: int = key(4, "Rollouts alone of each agent, for `pass_rate`.", low=1)
+    levels: int = key(5, "Levels of the data set, for `level`.", low=1)
+    max_tokens: int = key(256, "Most tokens of a ranking.", low=4)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardConfig:
+    """What an answer is worth. Evaluation counts right answers only."""
+
+    name: str = key("math", "`math`, `number`, `choice`, `code`, `task`, or `module:Class` of your own.")
+    format_weight: float = key(0.1, "Reward for an answer in the asked form; 0: rewards of two values.", low=0)
+    stage_reward: Literal["own", "final"] = key(
+        "own", "own: sharing gets its own answer's reward, later stages the fused answer's; final: all get the fused one's."
+    )
+    overlong_buffer: int = key(0, "Tokens before a turn's limit in which the reward falls, up to 1 less; 0: off.", low=0)
+    time_limit: float = key(5.0, "Seconds a verifier may take for one answer.", low=0.1)
+    workers: int = key(1, "Verifier processes.", low=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CreditConfig:
+    """Perception Calibration and the advantage."""
+
+    calibrate: Literal["reward", "advantage", "none"] = key("reward", "Where the peers' rewards enter.")
+    calibrate_weight: float = key(1.0, "λ of `calibrate: advantage`.", low=0)
+    advantage: Literal["grpo", "dr_grpo", "rloo"] = key("grpo", "Normalization within a group; dr_grpo: no division by std.")
+    eps: float = key(1e-4, "Added to the standard deviation.", low=0)
+    count_dropped: bool = key(True, "What is dropped still counts in the denominators; false: DAPO's convention.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossConfig:
+    """The GRPO loss and its variants; the formulas are in docs/method.md."""
+
+    ratio: Literal["token", "sequence"] = key("token", "Importance ratio by token, or by turn (GSPO).")
+    objective: Literal["ppo", "cispo"] = key("ppo", "Clipped surrogate, or CISPO.")
+    clip_low: float = key(0.2, "Lower clip: the ratio's lower bound is 1 − clip_low.", low=0, high=1)
+    clip_high: float = key(0.2, "Upper clip: the ratio's upper bound is 1 + clip_high.", low=0)
+    dual_clip: float | None = key(None, "Bound on the ratio for negative advantages (> 1); null: off.", low=1)
+    aggregation: Literal["grpo", "dapo", "dr_grpo"] = key(
+        "grpo", "Over the whole step: mean of the turns' means, mean of all tokens, or divided by a constant."
+    )
+    kl: Literal["k1", "k2", "k3"] = key("k2", "KL estimator against the reference; k1 acts in the reward only.")
+    beta: float = key(0.0, "Weight of the KL; 0: no reference is held or run.", low=0)
+    entropy_coef: float = key(0.0, "Weight of the entropy bonus.")
+    importance: Literal["none", "token", "sequence"] = key(
+        "none", "Weights of the trainer's policy against the engine's sampling distribution."
+    )
+    importance_mode: Literal["truncate", "mask"] = key("truncate", "What happens to weights above the cap.")
+    importance_cap: float = key(2.0, "The cap of the importance weights.", low=1)
+    old_logps: Literal["trainer", "engine"] = key("trainer", "π_old with several updates a rollout: whose log-probs.")
+    epochs: int = key(1, "Passes over a rollout.", low=1)
+    minibatches: int = key(1, "Optimizer steps of one pass.", low=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluateConfig:
+    """Each agent alone on held-out questions, before and after (and `every` so many steps on validation)."""
+
+    every: int | None = key(None, "Steps between validations; null: only at the end.", low=1)
+    few_shot: list[int] = key([], "Base models are also measured with so many worked examples in the prompt.")
+    modes: list[str] = key(["single"], "How agents answer: single, debate, idea3.")
+    samples: int = key(1, "Answers for each question: 1 is greedy, more are sampled.", low=1)
+    temperature: float = key(0.7, "Temperature where samples > 1.", low=0.01)
+    validation_limit: int = key(200, "Validation questions used for a checkpoint's score.", low=1)
+    folder: str | None = key(None, "Folder of the benchmark files; null: the variable ILR_DATA, else the Hub.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointConfig:
+    """What is kept of a run."""
+
+    every: int = key(10, "Steps between checkpoints.", low=1)
+    keep: int = key(2, "The newest so many are kept, and the best.", low=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogConfig:
+    """Where numbers go beside metrics.jsonl."""
+
+    tensorboard: bool = key(True, "Write TensorBoard events.")
+    wandb: bool = key(False, "Log to Weights & Biases (its package must be installed).")
+    trackio: bool = key(False, "Log to trackio (its package must be installed).")
+    logp_warning: float = key(0.5, "Warn where the trainer's and the engine's log-probs differ by more on average.", low=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """A training run."""
+
+    run: str = key("runs/default", "The run folder.")
+    seed: int = key(0, "Seed of everything random.", low=0)
+    steps: int = key(100, "Optimizer steps (rollouts).", low=1)
+    deterministic: bool = key(False, "Admission by order alone and deterministic kernels: two runs agree bit for bit.")
+    threads: int | None = key(None, "CPU threads of the arithmetic; null: torch's choice.", low=1)
+    protocol: str = key("idea3", "Who speaks when: idea3, debate, single, or `module:Class`.")
+    interaction: Literal["dynamic", "cooperation", "competition", "ratio", "none"] = key(
+        "dynamic", "How agents face each question; `none`: the neutral instruction."
+    )
+    cooperation_ratio: float = key(0.5, "Share of cooperation for `interaction: ratio`, drawn by seed.", low=0, high=1)
+    max_failed_share: float = key(0.2, "Past this share of failed dialogues or grades the run stops.", low=0, high=1)
+    agents: dict[str, AgentConfig] = key({}, "The agents, by name.")
+    data: DataConfig = key(DataConfig, "Questions.")
+    prompts: PromptConfig = key(PromptConfig, "Prompts.")
+    rollout: RolloutConfig = key(RolloutConfig, "Dialogues.")
+    ability: AbilityConfig = key(AbilityConfig, "Ability γ.")
+    difficulty: DifficultyConfig = key(DifficultyConfig, "Difficulty D.")
+    reward: RewardConfig = key(RewardConfig, "Rewards.")
+    credit: CreditConfig = key(CreditConfig, "Calibration and advantage.")
+    loss: LossConfig = key(LossConfig, "The loss.")
+    evaluate: EvaluateConfig = key(EvaluateConfig, "Evaluation.")
+    checkpoint: CheckpointConfig = key(CheckpointConfig, "Checkpoints.")
+    log: LogConfig = key(LogConfig, "Logs.")
+
+
+def turn_limit(rollout: RolloutConfig, stage: str) -> int:
+    """The most tokens that a turn of `stage` may sample."""
+    return rollout.max_tokens.get(stage, rollout.max_tokens["default"])
+
+
+def check(config: Config, where: str) -> None:
+    """Raises UserError for keys that contradict each other; `where` names the file."""
+
+    def refuse(condition: bool, what: str, path: str, remedy: str) -> None:
+        if condition:
+            raise UserError(what, f"{where}: {path}", remedy)
+
+    rollout, loss = config.rollout, config.loss
+    refuse(not config.agents, "no agents", "agents", "name at least one, each with its `model`")
+    for name, agent in config.agents.items():
+        refuse(not agent.model, "no model", f"agents.{name}.model", "give a folder or a name (`ilr-fast get-model` lists some)")
+        refuse(not name.replace("-", "_").replace(".", "_").isidentifier(), f"{name!r} can't name a folder",
+               f"agents.{name}", "use letters, digits, '-', '_' and '.'")
+    refuse(all(a.train == "none" for a in config.agents.values()) and bool(config.agents), "no agent is trained", "agents",
+           "set `train: full` or `train: lora` for at least one")
+    for part in ("train", "validation", "test"):
+        refuse(not getattr(config.data, part), "no questions", f"data.{part}",
+               "give a JSONL file, a Hub name or `task:NAME`")
+    refuse(rollout.top_p != 1, "top_p while training", "rollout.top_p", "leave it at 1: the log-probs trained on are the full distribution's")
+    refuse(rollout.top_k != 0, "top_k while training", "rollout.top_k", "leave it at 0: the log-probs trained on are the full distribution's")
+    refuse(rollout.samples < 2, "a group of one has advantage 0 everywhere", "rollout.samples", "use 2 or more (8 is usual)")
+    refuse(any(v < 1 for v in rollout.max_tokens.values()), "a turn of no tokens", "rollout.max_tokens", "use 1 or more")
+    refuse("default" not in rollout.max_tokens, "no limit for the other stages", "rollout.max_tokens.default", "add `default: N`")
+    refuse(loss.dual_clip is not None and loss.dual_clip <= 1 + loss.clip_high, "clip bounds crossed: dual_clip must lie above 1 + clip_high",
+           "loss.dual_clip", f"use more than {1 + loss.clip_high:g}, or null")
+    refuse(loss.objective == "cispo" and loss.dual_clip is not None, "dual_clip belongs to the ppo objective",
+           "loss.dual_clip", "remove it, or use objective: ppo")
+    refuse(loss.minibatches > rollout.questions, "more minibatches than questions", "loss.minibatches",
+           f"use at most rollout.questions = {rollout.questions}")
+    refuse(len(config.agents) == 1 and config.interaction not in ("none", "dynamic") and config.protocol == "single",
+           "an interaction for a single agent that talks to nobody", "interaction", "use `interaction: none`")
+    refuse(len(config.agents) < 2 and config.protocol in ("idea3", "debate"), f"{config.protocol} needs peers",
+           "protocol", "add an agent, or use `protocol: single`")
+    for mode in config.evaluate.modes:
+        refuse(mode not in ("single", "debate", "idea3"), f"unknown mode {mode!r}", "evaluate.modes", "use single, debate or idea3")
+
+
+def calibration_is_noop(config: Config) -> bool:
+    """Whether calibrated rewards give plain GRPO's advantages: two-valued rewards, divided by their std (ILR.md, 3)."""
+    two_valued = config.reward.format_weight == 0 and config.reward.overlong_buffer == 0 and ":" not in config.reward.name
+    return len(config.agents) > 1 and config.credit.calibrate == "reward" and config.credit.advantage == "grpo" and two_valued
