@@ -1,0 +1,244 @@
+"""Packs sequences that share prefixes into one row without padding, each shared prefix once.
+
+The sequences of one micro-batch form a forest: whatever several of them begin with (a few-shot prompt, a group's
+question) is a common stem, the rest are branches. The forest is laid out in preorder, so that token j is an ancestor of
+token i, or i itself, exactly when
+
+    j <= i < subtree_end[j]
+
+and that is the whole attention mask; the position of a token is its depth. Hidden states and gradients are those of the
+sequences run one by one, since a causal model's stem does not depend on what follows it. Sequences without a common
+prefix are the case of a forest of bare stems.
+
+Attention runs block by block. A block is a run of queries with the keys of its ancestors and its own. Small
+neighbouring subtrees are merged into one block (fewer calls), large ones are cut (fewer masked cells);
+`block_overhead` is the price of a call.
+
+    packed = pack_sequences([[1, 2, 3, 4], [1, 2, 5]])
+    packed.tokens_T     # 1 2 3 4 5
+    packed.index_S[1]   # 0 1 4: the rows of the second sequence
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Query-key cells that cost as much as one more attention call (forward and backward, measured with SmolLM2's heads).
+CPU_BLOCK_OVERHEAD = 4096
+CUDA_BLOCK_OVERHEAD = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Queries rows start:end; `stem` are the row ranges of their common ancestors, oldest first."""
+
+    start: int
+    end: int
+    stem: tuple[tuple[int, int], ...]
+
+    @property
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        return (*self.stem, (self.start, self.end))
+
+
+@dataclass(slots=True)
+class TreePlan:
+    """Who attends to whom in one packed row of T tokens. Made by `pack_sequences`; masks are made at first use.
+
+    Causal stays causal: row i attends to row j iff j <= i < subtree_end_T[j], and, in a layer with a sliding window w,
+    positions_T[i] - positions_T[j] < w.
+    """
+
+    positions_T: np.ndarray
+    subtree_end_T: np.ndarray
+    blocks: tuple[Block, ...]
+    chunk_sizes: tuple[int, ...]  # the row cut at every border of a block or stem
+    block_chunks: tuple[tuple[int, ...], ...]  # the chunks that hold each block's keys
+    _masks: dict[tuple[int | None, torch.dtype, torch.device], list[Tensor | None]] = field(default_factory=dict)
+    _cu_seqlens: dict[torch.device, Tensor] = field(default_factory=dict)
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether any tree branches: then it has more leaves than roots."""
+        leaves = self.subtree_end_T == np.arange(1, len(self.subtree_end_T) + 1)
+        return int(leaves.sum()) != int((self.positions_T == 0).sum())
+
+    def cu_seqlens(self, device: torch.device) -> Tensor:
+        """int32 [sequences + 1]: where each tree begins, and T."""
+        if device not in self._cu_seqlens:
+            starts = np.append(np.flatnonzero(self.positions_T == 0), len(self.positions_T))
+            self._cu_seqlens[device] = torch.as_tensor(starts, dtype=torch.int32, device=device)
+        return self._cu_seqlens[device]
+
+    def longest(self) -> int:
+        return int(self.positions_T.max()) + 1
+
+    def masks(self, window: int | None, dtype: torch.dtype, device: torch.device) -> list[Tensor | None]:
+        """For each block an additive mask [queries, keys] of `dtype`, or None where plain causal attention is meant."""
+        if window is not None and window >= self.longest():
+            window = None
+        key = (window, dtype, device)
+        if key not in self._masks:
+            self._masks[key] = [self._mask(block, window, dtype, device) for block in self.blocks]
+        return self._masks[key]
+
+    def _mask(self, block: Block, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        one_chain = bool((self.subtree_end_T[block.start : block.end] >= block.end).all())
+        if one_chain and not block.stem and window is None:
+            return None
+        rows_Q = np.arange(block.start, block.end)[:, None]
+        rows_K = np.concatenate([np.arange(start, end) for start, end in block.ranges])
+        seen_QK = (rows_K <= rows_Q) & (rows_Q < self.subtree_end_T[rows_K])
+        if window is not None:
+            seen_QK &= self.positions_T[rows_Q] - self.positions_T[rows_K] < window
+        mask_QK = torch.zeros(seen_QK.shape, dtype=dtype)
+        return mask_QK.masked_fill_(torch.from_numpy(~seen_QK), float("-inf")).to(device)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedSequences:
+    """One packed row: int64 tokens and positions [T], the plan, and for each sequence the rows of its tokens."""
+
+    tokens_T: Tensor
+    positions_T: Tensor
+    plan: TreePlan
+    index_S: tuple[Tensor, ...]
+
+
+def pack_sequences(
+    sequences: Sequence[Sequence[int]],
+    *,
+    share_prefixes: bool = True,
+    device: torch.device | str = "cpu",
+    block_overhead: int | None = None,
+) -> PackedSequences:
+    """Packs token sequences (none empty) into one row in which common prefixes stand once.
+
+    The hidden state after token t of sequence s is row `index_S[s][t]` of the packed forward. Rows are shared: gather
+    with `hidden_TD[index]`, whose backward adds up. `share_prefixes=False` lays the sequences one after another.
+    """
+    if not sequences or not all(len(tokens) for tokens in sequences):
+        raise ValueError("sequences: at least one sequence, and none empty, can be packed")
+    device = torch.device(device)
+    if block_overhead is None:
+        block_overhead = CPU_BLOCK_OVERHEAD if device.type == "cpu" else CUDA_BLOCK_OVERHEAD
+    tokens, positions, subtree_end, index = _lay_out(sequences, share_prefixes)
+    plan = _plan(positions, subtree_end, block_overhead)
+    return PackedSequences(
+        tokens_T=torch.as_tensor(tokens, device=device),
+        positions_T=torch.as_tensor(positions, device=device),
+        plan=plan,
+        index_S=tuple(torch.as_tensor(rows, device=device) for rows in index),
+    )
+
+
+def _lay_out(
+    sequences: Sequence[Sequence[int]], share: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[np.ndarray]]:
+    """Preorder of the forest: in sorted order each sequence adds what it does not share with the one before."""
+    arrays = [np.asarray(tokens, dtype=np.int64) for tokens in sequences]
+    order = sorted(range(len(arrays)), key=lambda s: list(sequences[s])) if share else range(len(arrays))
+    index: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * len(arrays)
+    tokens, positions = [], []
+    subtree_end = np.zeros(sum(len(a) for a in arrays), dtype=np.int64)
+    total, previous, path = 0, np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+    for s in order:
+        array = arrays[s]
+        common = _common_prefix(previous, array) if share else 0
+        subtree_end[path[common:]] = total  # these rows have no descendants beyond what has been laid out
+        path = np.concatenate([path[:common], np.arange(total, total + len(array) - common)])
+        tokens.append(array[common:])
+        positions.append(np.arange(common, len(array)))
+        index[s], previous = path, array
+        total += len(array) - common
+    subtree_end[path] = total
+    return np.concatenate(tokens), np.concatenate(positions), subtree_end[:total], index
+
+
+def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    n = min(len(a), len(b))
+    different = a[:n] != b[:n]
+    return int(different.argmax()) if different.any() else n
+
+
+@dataclass(slots=True)
+class _Node:
+    """A run of rows with the same descendants; `end` closes the run, `close` the subtree."""
+
+    start: int
+    end: int
+    close: int
+    depth: int  # tokens above it
+    children: list[_Node] = field(default_factory=list)
+
+
+def _plan(positions: np.ndarray, subtree_end: np.ndarray, overhead: int) -> TreePlan:
+    blocks: list[Block] = []
+    _cut(_nodes(positions, subtree_end), (), 0, overhead, blocks)
+    blocks.sort(key=lambda block: block.start)
+    borders = sorted({edge for block in blocks for piece in block.ranges for edge in piece})
+    place = {edge: n for n, edge in enumerate(borders)}
+    chunks = tuple(tuple(n for start, end in block.ranges for n in range(place[start], place[end])) for block in blocks)
+    sizes = tuple(end - start for start, end in zip(borders, borders[1:], strict=False))
+    return TreePlan(positions, subtree_end, tuple(blocks), sizes, chunks)
+
+
+def _nodes(positions: np.ndarray, subtree_end: np.ndarray) -> list[_Node]:
+    """The trees' nodes, from the preorder arrays."""
+    new = np.ones(len(positions), dtype=bool)
+    new[1:] = (np.diff(positions) != 1) | (np.diff(subtree_end) != 0)
+    starts = np.flatnonzero(new)
+    ends = np.append(starts[1:], len(positions))
+    roots: list[_Node] = []
+    open_nodes: list[_Node] = []
+    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+        node = _Node(start, end, int(subtree_end[start]), int(positions[start]))
+        while open_nodes and open_nodes[-1].close <= start:
+            open_nodes.pop()
+        (open_nodes[-1].children if open_nodes else roots).append(node)
+        open_nodes.append(node)
+    return roots
+
+
+def _cost(size: int, depth: int, overhead: int) -> int:
+    return size * (depth + size) + overhead
+
+
+def _best(node: _Node, overhead: int) -> int:
+    """The least cost of a subtree: as one block, or cut into its stem and its children, each at its best."""
+    whole = _cost(node.close - node.start, node.depth, overhead)
+    if not node.children or whole <= 2 * overhead:
+        return whole
+    stem = _cost(node.end - node.start, node.depth, overhead)
+    return min(whole, stem + sum(_best(child, overhead) for child in node.children))
+
+
+def _cut(
+    siblings: list[_Node], stem: tuple[tuple[int, int], ...], depth: int, overhead: int, blocks: list[Block]
+) -> None:
+    """Adds the blocks of neighbouring subtrees: neighbours are joined while that is cheaper than one more call."""
+    start = end = siblings[0].start
+    for node in siblings:
+        size = node.close - node.start
+        if _best(node, overhead) < _cost(size, depth, overhead):
+            _close(start, end, stem, blocks)
+            blocks.append(Block(node.start, node.end, stem))
+            _cut(node.children, (*stem, (node.start, node.end)), depth + node.end - node.start, overhead, blocks)
+            start = end = node.close
+            continue
+        apart = _cost(end - start, depth, overhead) + _cost(size, depth, overhead)
+        if end > start and _cost(node.close - start, depth, overhead) >= apart:
+            _close(start, end, stem, blocks)
+            start = node.start
+        end = node.close
+    _close(start, end, stem, blocks)
+
+
+def _close(start: int, end: int, stem: tuple[tuple[int, int], ...], blocks: list[Block]) -> None:
+    if end > start:
+        blocks.append(Block(start, end, stem))
