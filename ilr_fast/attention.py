@@ -28,12 +28,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from ilr_fast.errors import UserError
-from ilr_fast.tree_plan import PackedSequences, TreePlan, pack_sequences
+from ilr_fast.tree_plan import PackedSequences, TreePlan, pack_sequences, tree_plan
 
 try:
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention import varlen as _varlen_module
 except ImportError:  # torch older than 2.10
-    varlen_attn = None
+    varlen_attn: Any = None
+else:
+    varlen_attn = _varlen_module.varlen_attn
 
 __all__ = [
     "IMPLEMENTATION",
@@ -48,6 +50,7 @@ __all__ = [
     "packed_forward",
     "prepare",
     "scores_attention",
+    "tree_plan",
 ]
 
 IMPLEMENTATION = "ilr_packed"
@@ -105,7 +108,7 @@ def packed_forward(model: nn.Module, tokens_T: Tensor, positions_T: Tensor, plan
 def base_model_of(model: nn.Module) -> nn.Module:
     """The decoder under the LM head, with peft's layers in it."""
     inner = _unwrapped(model)
-    return inner.get_decoder() if hasattr(inner, "get_decoder") else inner.base_model
+    return inner.get_decoder()
 
 
 def lm_head_of(model: nn.Module) -> LMHead:
@@ -123,7 +126,8 @@ def lm_head_of(model: nn.Module) -> LMHead:
 
 
 def _unwrapped(model: nn.Module) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = model
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
 def _attention(
@@ -249,10 +253,19 @@ def _varlen_fits(plan: TreePlan, query: Tensor, settings: AttentionSettings) -> 
 def _varlen(plan: TreePlan, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
     starts, longest = plan.cu_seqlens(query.device), plan.longest()
     groups = query.shape[1] // key.shape[1]
-    rows = [x[0].transpose(0, 1).contiguous() for x in (query, key, value)]  # [T, heads, D]
+    q_THD, k_TKD, v_TKD = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
     window = (-1 if settings.window is None else settings.window - 1, 0)
     return varlen_attn(
-        *rows, starts, starts, longest, longest, scale=settings.scale, window_size=window, enable_gqa=groups > 1
+        q_THD,
+        k_TKD,
+        v_TKD,
+        starts,
+        starts,
+        longest,
+        longest,
+        scale=settings.scale,
+        window_size=window,
+        enable_gqa=groups > 1,
     )[None]
 
 

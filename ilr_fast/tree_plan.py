@@ -137,6 +137,24 @@ def pack_sequences(
     )
 
 
+def tree_plan(trees: Sequence[tuple[int, Sequence[int]]], *, block_overhead: int = CPU_BLOCK_OVERHEAD) -> TreePlan:
+    """The plan of a row that is laid out already: for each tree the tokens of its prefix (0: none) and of its branches.
+
+    Rows lie tree by tree, the prefix first; positions count from 0 in each sequence.
+    """
+    positions, subtree_end, total = [], [], 0
+    for prefix, branches in trees:
+        end = total + prefix + sum(branches)
+        positions.append(np.arange(prefix))
+        subtree_end.append(np.full(prefix, end))
+        total += prefix
+        for branch in branches:
+            total += branch
+            positions.append(np.arange(prefix, prefix + branch))
+            subtree_end.append(np.full(branch, total))
+    return _plan(np.concatenate(positions), np.concatenate(subtree_end), block_overhead)
+
+
 def _lay_out(
     sequences: Sequence[Sequence[int]], share: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[np.ndarray]]:

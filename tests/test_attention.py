@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from ilr_fast.attention import lm_head_of, pack_sequences, packed_forward, prepare
+from ilr_fast.attention import lm_head_of, pack_sequences, packed_forward, prepare, tree_plan
 from ilr_fast.errors import UserError
 
 TINY = dict(
@@ -101,6 +101,19 @@ def test_blocks_partition_the_row_and_hold_every_ancestor(overhead: int) -> None
         for query in range(block.start, block.end):
             assert {j for j in range(query + 1) if query < plan.subtree_end_T[j]} <= keys
     assert (len(plan.blocks) == 1) == (overhead == 10**9)
+
+
+def test_a_row_laid_out_by_hand_has_the_same_plan() -> None:
+    stem, branches = [1, 2, 3, 4], [[5, 6], [7], [8, 9, 10]]
+    packed = pack_sequences([stem + branch for branch in branches] + [[11, 12, 13]])
+    by_hand = tree_plan([(4, [2, 1, 3]), (0, [3])])
+    assert (
+        by_hand.subtree_end_T.tolist()
+        == packed.plan.subtree_end_T.tolist()
+        == [10] * 4 + [6, 6, 7] + [10] * 3 + [13] * 3
+    )
+    assert by_hand.positions_T.tolist() == packed.plan.positions_T.tolist()
+    assert by_hand.blocks == packed.plan.blocks
 
 
 def test_gradient_checkpointing_gives_the_same_gradient() -> None:
