@@ -1,0 +1,77 @@
+"""Perception Calibration and the group advantage, from the rewards of all agents at once.
+
+For agent i of m, on one question and stage, with the peers' group statistics (arXiv 2509.26306):
+
+    R̄ = R + Σ over l ≠ i of clip((R − avg_l) / (max_l − min_l), −1/(m−1), 1/(m−1))       calibrate = reward
+    Â = (R̄ − mean) / (std + eps)   grpo,      R̄ − mean   dr_grpo,      R̄ − mean of the others   rloo
+
+Where max_l = min_l the term is its limit, sign(R − max_l)/(m−1). `calibrate="advantage"` leaves R̄ = R and adds
+calibrate_weight times the same sum to Â, which, unlike the paper's form, also acts on two-valued rewards: there R̄ is
+an affine function of R within a group, and the division by std takes it out again.
+
+    calibrated_advantage(torch.tensor([[[1.0, 0, 0, 0]], [[1.0, 1, 1, 0]]]))   # two agents, one question, four samples
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ilr_kernels import reference
+from ilr_kernels.backend import uses_triton
+
+CALIBRATE = ("reward", "advantage", "none")
+NORMALIZE = ("grpo", "dr_grpo", "rloo")
+
+
+def calibrated_advantage(
+    rewards_MQG: Tensor,
+    mask_MQG: Tensor | None = None,
+    *,
+    calibrate: str = "reward",
+    calibrate_weight: float = 1.0,
+    normalize: str = "grpo",
+    eps: float = 1e-4,
+) -> tuple[Tensor, Tensor]:
+    """Calibrated rewards and advantages of M agents, Q question-stages and G samples, each (agent, question) a group.
+
+    rewards_MQG [M, Q, G] is any float dtype; mask_MQG (bool, same shape) is false where a sample is missing, so groups
+    may differ in size; what stands there in the rewards is never read into a result. Returns (calibrated_MQG,
+    advantage_MQG) in float32, zeros where masked. A group of one has advantage 0, and so, exactly, has a group of equal
+    rewards (plus the calibration where `calibrate="advantage"`). A peer without a sample adds nothing; m = 1: R̄ = R.
+    Calculated in float64 on the CPU, in float32 in one launch on a GPU. Raises ValueError naming the argument.
+    """
+    _check(rewards_MQG, mask_MQG, calibrate, normalize, eps)
+    if uses_triton(rewards_MQG):
+        from ilr_kernels import advantage_triton
+
+        return advantage_triton.launch(rewards_MQG, mask_MQG, calibrate, calibrate_weight, normalize, eps)
+    calibrated_MQG, advantage_MQG = reference.calibrated_advantage(
+        rewards_MQG.detach().double(),
+        mask_MQG,
+        calibrate=calibrate,
+        calibrate_weight=calibrate_weight,
+        normalize=normalize,
+        eps=eps,
+    )
+    return calibrated_MQG.float(), advantage_MQG.float()
+
+
+def _check(rewards_MQG: Tensor, mask_MQG: Tensor | None, calibrate: str, normalize: str, eps: float) -> None:
+    if rewards_MQG.dim() != 3 or 0 in rewards_MQG.shape[::2]:
+        raise ValueError(f"rewards_MQG must be (agents, questions, samples), not {tuple(rewards_MQG.shape)}")
+    if not rewards_MQG.is_floating_point():
+        raise ValueError(f"rewards_MQG must be a float tensor, not {rewards_MQG.dtype}")
+    if mask_MQG is not None:
+        if mask_MQG.shape != rewards_MQG.shape or mask_MQG.dtype != torch.bool:
+            raise ValueError(
+                f"mask_MQG must be bool and {tuple(rewards_MQG.shape)}, not {mask_MQG.dtype} {tuple(mask_MQG.shape)}"
+            )
+        if mask_MQG.device != rewards_MQG.device:
+            raise ValueError(f"mask_MQG is on {mask_MQG.device}, rewards_MQG on {rewards_MQG.device}")
+    if calibrate not in CALIBRATE:
+        raise ValueError(f"calibrate must be one of {', '.join(CALIBRATE)}, not {calibrate!r}")
+    if normalize not in NORMALIZE:
+        raise ValueError(f"normalize must be one of {', '.join(NORMALIZE)}, not {normalize!r}")
+    if not eps >= 0:
+        raise ValueError(f"eps must not be negative, not {eps}")

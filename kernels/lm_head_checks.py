@@ -1,0 +1,109 @@
+"""Checks of the LM head functions' arguments: a mistake raises `ValueError` with the argument's name first."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ilr_kernels.policy_loss import PolicyLoss
+
+IGNORED = -100  # a target that carries no loss and no gradient
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_head(
+    hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor, bias_V: Tensor | None, temperature: float, softcap: float | None
+) -> None:
+    """Shapes, dtypes, devices and the range of the targets."""
+    _require(hidden_TD.dim() == 2, f"hidden_TD must have two dimensions (tokens, hidden size), not {_shape(hidden_TD)}")
+    _require(hidden_TD.dtype in FLOATS, f"hidden_TD must be a float tensor, not {hidden_TD.dtype}")
+    _require(
+        weight_VD.dim() == 2 and weight_VD.shape[1] == hidden_TD.shape[1] and len(weight_VD) > 0,
+        f"weight_VD must be (vocabulary, {hidden_TD.shape[1]}) to fit hidden_TD, not {_shape(weight_VD)}",
+    )
+    _like("weight_VD", weight_VD, hidden_TD)
+    _require(
+        target_T.shape == hidden_TD.shape[:1],
+        f"target_T must be ({len(hidden_TD)},), one target for each row of hidden_TD, not {_shape(target_T)}",
+    )
+    _require(target_T.dtype == torch.int64, f"target_T must be int64, not {target_T.dtype}")
+    _require(target_T.device == hidden_TD.device, f"target_T is on {target_T.device}, hidden_TD on {hidden_TD.device}")
+    if bias_V is not None:
+        _require(bias_V.shape == weight_VD.shape[:1], f"bias_V must be ({len(weight_VD)},), not {_shape(bias_V)}")
+        _like("bias_V", bias_V, hidden_TD)
+    _require(temperature > 0 and math.isfinite(temperature), f"temperature must be above 0, not {temperature}")
+    _require(softcap is None or softcap > 0, f"softcap must be above 0 or None, not {softcap}")
+    outside_T = ((target_T < 0) | (target_T >= len(weight_VD))) & (target_T != IGNORED)
+    if outside_T.any():
+        row = int(outside_T.nonzero()[0])
+        raise ValueError(
+            f"target_T[{row}] = {int(target_T[row])} is outside the vocabulary of {len(weight_VD)} (ignored: {IGNORED})"
+        )
+
+
+def check_tokens(hidden_TD: Tensor, tokens: dict[str, Tensor | None]) -> None:
+    """Float vectors with one entry a token."""
+    for name, x_T in tokens.items():
+        if x_T is None:
+            continue
+        _require(x_T.shape == hidden_TD.shape[:1], f"{name} must be ({len(hidden_TD)},), not {_shape(x_T)}")
+        _require(x_T.dtype in FLOATS, f"{name} must be a float tensor, not {x_T.dtype}")
+        _require(x_T.device == hidden_TD.device, f"{name} is on {x_T.device}, hidden_TD on {hidden_TD.device}")
+
+
+def check_loss(
+    loss: PolicyLoss, hidden_TD: Tensor, ref_logp_T: Tensor | None, behavior_logp_T: Tensor | None, turn_T: Tensor | None
+) -> None:
+    """What the chosen loss needs is there."""
+    _require(loss.beta == 0 or ref_logp_T is not None, f"ref_logp_T is needed for beta={loss.beta}")
+    _require(
+        loss.importance == "none" or behavior_logp_T is not None,
+        f"behavior_logp_T is needed for importance={loss.importance!r}",
+    )
+    if not loss.over_turns:
+        return
+    if turn_T is None:
+        raise ValueError("turn_T is needed where the ratio or the importance weight is taken over a sequence")
+    _require(turn_T.shape == hidden_TD.shape[:1], f"turn_T must be ({len(hidden_TD)},), not {_shape(turn_T)}")
+    _require(turn_T.dtype in (torch.int64, torch.int32), f"turn_T must be an integer tensor, not {turn_T.dtype}")
+    _require(turn_T.device == hidden_TD.device, f"turn_T is on {turn_T.device}, hidden_TD on {hidden_TD.device}")
+
+
+def check_buffer(weight_grad_VD: Tensor | None, weight_VD: Tensor) -> None:
+    """The buffer that dweight is added to."""
+    if weight_grad_VD is None:
+        return
+    _require(
+        weight_grad_VD.shape == weight_VD.shape,
+        f"weight_grad_VD must have weight_VD's shape {_shape(weight_VD)}, not {_shape(weight_grad_VD)}",
+    )
+    _require(
+        weight_grad_VD.dtype in (weight_VD.dtype, torch.float32),
+        f"weight_grad_VD must be float32 or weight_VD's {weight_VD.dtype}, not {weight_grad_VD.dtype}",
+    )
+    _require(
+        weight_grad_VD.device == weight_VD.device,
+        f"weight_grad_VD is on {weight_grad_VD.device}, weight_VD on {weight_VD.device}",
+    )
+
+
+def check_chunk(chunk: int | None) -> None:
+    """Rows of logits held at once."""
+    _require(chunk is None or chunk >= 1, f"chunk must be at least 1 or None, not {chunk}")
+
+
+def _like(name: str, x: Tensor, hidden_TD: Tensor) -> None:
+    _require(x.dtype == hidden_TD.dtype, f"{name} is {x.dtype}, hidden_TD {hidden_TD.dtype}: they must be the same")
+    _require(x.device == hidden_TD.device, f"{name} is on {x.device}, hidden_TD on {hidden_TD.device}")
+
+
+def _shape(x: Tensor) -> str:
+    return str(tuple(x.shape))
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
