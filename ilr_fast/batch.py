@@ -7,10 +7,10 @@ token weights come from the whole step before anything is packed, so their sum d
 
     grpo     1 / (turns · tokens of the turn)      dapo     1 / tokens      dr_grpo  1 / (turns · turn limit)
 
-Packing stores the longest common token prefix of a group once:
+Packing (tree_plan.py) stores what sequences begin with in common once, within a group and across groups:
 
     prefix ─┬─ branch of sample 0          rows_N picks the hidden row that predicts each trained token; the last prefix
-            ├─ branch of sample 1          row predicts every branch's first token, so a row may be picked several times.
+            ├─ branch of sample 1          row predicts every branch's first token, so a row may be picked twice.
             └─ branch of sample 2
 
     step = pack_step(sequences, BatchRules("grpo"), budget=8192)
@@ -24,6 +24,7 @@ from typing import Literal
 
 import torch
 
+from ilr_fast.tree_plan import TreePlan, pack_sequences
 from ilr_fast.types import TrainingSequence, TrainingTurn
 
 
@@ -41,25 +42,16 @@ class BatchRules:
     turn_limit: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Tree:
-    """Token counts of a group in a pack: the common prefix first, then its branches, one after the other."""
-
-    prefix: int
-    branches: tuple[int, ...]
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedBatch:
-    """One micro-batch. N counts trained tokens; T counts packed tokens, which lie in the order of `trees`.
+    """One micro-batch: T packed tokens, of which N hidden rows are read; `packed_forward` takes the first three.
 
-    `positions_T` count from 0 in each sequence; `rows_N` index T; `turn_N` numbers the turns of this micro-batch from 0.
-    Integers are int64, the rest float32, all on the CPU.
+    `rows_N` index T; `turn_N` numbers the turns of this micro-batch from 0. Integers are int64, the rest float32.
     """
 
     tokens_T: torch.Tensor
     positions_T: torch.Tensor
-    trees: tuple[Tree, ...]
+    plan: TreePlan
     rows_N: torch.Tensor
     target_N: torch.Tensor
     advantage_N: torch.Tensor
@@ -96,14 +88,16 @@ def split_by_question(sequences: Sequence[TrainingSequence], parts: int) -> list
     return [[s for s in sequences if part_of[s.group] == part] for part in range(parts)]
 
 
-def pack_step(sequences: Sequence[TrainingSequence], rules: BatchRules, budget: int) -> PackedStep:
+def pack_step(
+    sequences: Sequence[TrainingSequence], rules: BatchRules, budget: int, device: torch.device | str = "cpu"
+) -> PackedStep:
     """Packs one optimizer step's sequences into micro-batches of at most `budget` tokens, deterministically.
 
     Groups stay together where they fit and are split between samples where they do not; a sequence longer than the
-    budget goes alone. With no live turn anywhere there are no batches.
+    budget goes alone. With no live turn anywhere there are no batches. Tensors are on `device`.
     """
     kept = _weigh(sequences, rules)
-    batches = tuple(_pack(trees) for trees in _micro_batches(_by_group(kept), budget))
+    batches = tuple(_pack(part, torch.device(device)) for part in _micro_batches(_by_group(kept), budget))
     trained = sum(b.rows_N.numel() for b in batches)
     sampled = sum(turn.end - turn.start for s in sequences for turn in s.turns)
     return PackedStep(batches, trained, sampled - trained)
@@ -134,25 +128,26 @@ def _by_group(kept: Sequence[_Kept]) -> list[list[_Kept]]:
     return list(groups.values())
 
 
-def _micro_batches(groups: Sequence[list[_Kept]], budget: int) -> list[list[list[_Kept]]]:
+def _micro_batches(groups: Sequence[list[_Kept]], budget: int) -> list[list[_Kept]]:
     """Fills micro-batches in order with whole groups, or with parts of a group that alone exceeds the budget."""
-    packs: list[list[list[_Kept]]] = []
+    packs: list[list[_Kept]] = []
     room = 0
     for group in groups:
         for part in _split(group, budget):
-            size = _tokens(part)
-            if not packs or size > room:
+            size = _size(part)
+            shared = _common(packs[-1][-1], part[-1]) if packs else 0
+            if not packs or size - shared > room:
                 packs.append([])
-                room = budget
-            packs[-1].append(part)
-            room -= size
+                room, shared = budget, 0
+            packs[-1] += part
+            room -= size - shared
     return packs
 
 
 def _split(group: list[_Kept], budget: int) -> list[list[_Kept]]:
-    if _tokens(group) <= budget:
+    if _size(group) <= budget:
         return [group]
-    prefix = _common_prefix(group)
+    prefix = _common(min(group, key=_inputs), max(group, key=_inputs))
     parts: list[list[_Kept]] = []
     room = 0
     for sequence in group:
@@ -165,72 +160,46 @@ def _split(group: list[_Kept], budget: int) -> list[list[_Kept]]:
     return parts
 
 
-def _tokens(group: Sequence[_Kept]) -> int:
-    prefix = _common_prefix(group)
-    return prefix + sum(len(s.inputs) - prefix for s in group)
+def _size(part: Sequence[_Kept]) -> int:
+    """Packed tokens: in sorted order each sequence adds what it does not share with the one before."""
+    ordered = sorted(part, key=_inputs)
+    return sum(len(s.inputs) for s in ordered) - sum(map(_common, ordered, ordered[1:]))
 
 
-def _common_prefix(group: Sequence[_Kept]) -> int:
-    """The longest common prefix of all is that of the first and the last in sorted order."""
-    first, last = min(s.inputs for s in group), max(s.inputs for s in group)
-    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+def _inputs(sequence: _Kept) -> tuple[int, ...]:
+    return sequence.inputs
 
 
-def _pack(groups: Sequence[list[_Kept]]) -> PackedBatch:
-    tokens: list[int] = []
-    positions: list[torch.Tensor] = []
-    trees = []
-    rows = _Rows()
-    for group in groups:
-        prefix, root = _common_prefix(group), len(tokens)
-        tokens += group[0].inputs[:prefix]
-        positions.append(torch.arange(prefix))
-        branches = []
-        for sequence in group:
-            length = len(sequence.inputs)
-            index = torch.cat([torch.arange(root, root + prefix), torch.arange(len(tokens), len(tokens) + length - prefix)])
-            rows.add(sequence, index)
-            if length > prefix:
-                tokens += sequence.inputs[prefix:]
-                positions.append(torch.arange(prefix, length))
-                branches.append(length - prefix)
-        trees.append(Tree(prefix, tuple(branches)))
-    return rows.batch(torch.tensor(tokens), torch.cat(positions), tuple(trees))
+def _common(one: _Kept, other: _Kept) -> int:
+    """Length of the common prefix of two sequences' inputs."""
+    pairs = enumerate(zip(one.inputs, other.inputs, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one.inputs), len(other.inputs)))
 
 
-class _Rows:
-    """Collects the trained tokens of a micro-batch, turn by turn."""
+def _pack(sequences: Sequence[_Kept], device: torch.device) -> PackedBatch:
+    packed = pack_sequences([s.inputs for s in sequences], device=device)
+    turns = [
+        (sequence, turn, weight, index)
+        for sequence, index in zip(sequences, packed.index_S, strict=True)
+        for turn, weight in zip(sequence.turns, sequence.weights, strict=True)
+    ]
+    assert all(0 < t.start < t.end for _, t, _, _ in turns), "a turn has a token before it and one of its own"
+    assert all(len(t.behavior_logps) == t.end - t.start for _, t, _, _ in turns), "one behavior log-prob for each token"
+    lengths = torch.tensor([t.end - t.start for _, t, _, _ in turns])
 
-    def __init__(self) -> None:
-        self.index: list[torch.Tensor] = []
-        self.targets: list[int] = []
-        self.behavior: list[float] = []
-        self.lengths: list[int] = []
-        self.advantages: list[float] = []
-        self.weights: list[float] = []
+    def by_token(values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float32).repeat_interleave(lengths).to(device)
 
-    def add(self, sequence: _Kept, index: torch.Tensor) -> None:
-        """`index[t]` is the packed place of the sequence's token t."""
-        for turn, weight in zip(sequence.turns, sequence.weights, strict=True):
-            assert 0 < turn.start < turn.end, "a turn has a token before it and one of its own"
-            assert len(turn.behavior_logps) == turn.end - turn.start, "one behavior log-prob for each token"
-            self.index.append(index[turn.start - 1 : turn.end - 1])
-            self.targets += sequence.tokens[turn.start : turn.end]
-            self.behavior += turn.behavior_logps
-            self.lengths.append(turn.end - turn.start)
-            self.advantages.append(turn.advantage)
-            self.weights.append(weight)
-
-    def batch(self, tokens_T: torch.Tensor, positions_T: torch.Tensor, trees: tuple[Tree, ...]) -> PackedBatch:
-        lengths = torch.tensor(self.lengths)
-
-        def by_token(values: list[float]) -> torch.Tensor:
-            return torch.tensor(values, dtype=torch.float32).repeat_interleave(lengths)
-
-        return PackedBatch(
-            tokens_T=tokens_T, positions_T=positions_T, trees=trees,
-            rows_N=torch.cat(self.index), target_N=torch.tensor(self.targets),
-            advantage_N=by_token(self.advantages), token_weight_N=by_token(self.weights),
-            behavior_logp_N=torch.tensor(self.behavior, dtype=torch.float32),
-            turn_N=torch.arange(len(self.lengths)).repeat_interleave(lengths),
-        )
+    return PackedBatch(
+        tokens_T=packed.tokens_T,
+        positions_T=packed.positions_T,
+        plan=packed.plan,
+        rows_N=torch.cat([index[t.start - 1 : t.end - 1] for _, t, _, index in turns]),
+        target_N=torch.tensor([token for s, t, _, _ in turns for token in s.tokens[t.start : t.end]], device=device),
+        advantage_N=by_token([t.advantage for _, t, _, _ in turns]),
+        token_weight_N=by_token([weight for _, _, weight, _ in turns]),
+        behavior_logp_N=torch.tensor(
+            [x for _, t, _, _ in turns for x in t.behavior_logps], dtype=torch.float32, device=device
+        ),
+        turn_N=torch.arange(len(turns)).repeat_interleave(lengths).to(device),
+    )

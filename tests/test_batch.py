@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ilr_fast.batch import BatchRules, Tree, pack_step, split_by_question
+from ilr_fast.batch import BatchRules, pack_step, split_by_question
 from ilr_fast.types import TrainingSequence, TrainingTurn
 
 
@@ -25,7 +25,7 @@ def test_prefix_is_stored_once_and_its_last_row_predicts_every_branch():
     (batch,) = pack_step(TWO, BatchRules(), budget=100).batches
     assert batch.tokens_T.tolist() == [1, 2, 3, 10, 20, 21]  # the last token of each sequence is only a target
     assert batch.positions_T.tolist() == [0, 1, 2, 3, 3, 4]
-    assert batch.trees == (Tree(3, (1, 2)),)
+    assert batch.plan.subtree_end_T.tolist() == [6, 6, 6, 4, 6, 6]
     assert batch.rows_N.tolist() == [2, 3, 2, 4, 5]
     assert batch.target_N.tolist() == [10, 11, 20, 21, 22]
     assert batch.advantage_N.tolist() == [1, 1, -1, -1, -1]
@@ -38,7 +38,6 @@ def test_prefix_reaches_into_sampled_tokens_and_branches_may_be_empty():
     longer = sequence("q", [1, 2, 7, 8, 9], turn(1, 5, 0.5), sample=2)
     (batch,) = pack_step([*same, longer], BatchRules(), budget=100).batches
     assert batch.tokens_T.tolist() == [1, 2, 7, 8]
-    assert batch.trees == (Tree(3, (1,)),)
     assert batch.rows_N.tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, 3]
 
 
@@ -94,7 +93,13 @@ def test_a_group_over_the_budget_is_split_and_a_long_sequence_goes_alone():
     group = [sequence("q", [1, 2, 3, 10 + i, 20, 21], turn(3, 6, 1.0), sample=i) for i in range(3)]
     long = sequence("r", range(20), turn(1, 20, 1.0))
     step = pack_step([*group, long], BatchRules(), budget=7)
-    assert [b.trees for b in step.batches] == [(Tree(3, (2, 2)),), (Tree(5, ()),), (Tree(19, ()),)]
+    assert [b.tokens_T.numel() for b in step.batches] == [7, 5, 19]
+
+
+def test_groups_share_what_all_questions_begin_with():
+    groups = [sequence(q, [1, 2, 3, q, 30, 31], turn(4, 6, 1.0)) for q in (7, 8, 9)]
+    (batch,) = pack_step(groups, BatchRules(), budget=9).batches
+    assert batch.tokens_T.tolist() == [1, 2, 3, 7, 30, 8, 30, 9, 30]
 
 
 def test_minibatches_keep_groups_whole():
