@@ -43,8 +43,12 @@ def credit(scored: Sequence[Scored], agents: Sequence[str], config: CreditConfig
                     rewards_MQG[m, rows[key], g], mask_MQG[m, rows[key], g] = reward, True
     if mask_MQG.any():
         calibrated_MQG, advantage_MQG = calibrated_advantage(
-            rewards_MQG, mask_MQG, calibrate=config.calibrate, calibrate_weight=config.calibrate_weight,
-            normalize=config.advantage, eps=config.eps,
+            rewards_MQG,
+            mask_MQG,
+            calibrate=config.calibrate,
+            calibrate_weight=config.calibrate_weight,
+            normalize=config.advantage,
+            eps=config.eps,
         )
     else:
         calibrated_MQG = advantage_MQG = rewards_MQG

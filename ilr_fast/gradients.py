@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 
 class GradientSinks:
-    """The buffers of one model: of its LM head where that is trained, of its embedding where that can be done by rows."""
+    """The buffers of one model: of its LM head where that is trained, of its embedding where rows can be told apart."""
 
     def __init__(self, embedding: nn.Module, head_weight: Tensor):
         self.embedding = embedding
@@ -90,6 +90,6 @@ def _row_scale(embedding: nn.Module) -> float | None:
     if not isinstance(embedding, nn.Embedding) or weight is None or not weight.requires_grad or embedding.max_norm:
         return None
     scale = float(getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", 1.0)))
-    ids = torch.arange(min(4, len(weight)), device=weight.device)
-    expected = weight[ids] * torch.tensor(scale, dtype=weight.dtype, device=weight.device)
-    return scale if torch.allclose(embedding(ids), expected, rtol=1e-2, atol=0) else None
+    scale = float(torch.tensor(scale, dtype=weight.dtype))  # as the forward pass rounds it
+    ids = torch.linspace(0, len(weight) - 1, 16, device=weight.device).long()
+    return scale if torch.allclose(embedding(ids), weight[ids] * scale, rtol=1e-2, atol=0) else None

@@ -54,7 +54,9 @@ class Optimizer:
             weight_decay=config.weight_decay, fused=True,
         )  # fmt: skip
 
-    def step(self, step: int, *, loss_scale: float = 1.0, sinks: Mapping[nn.Parameter, Tensor] | None = None) -> Outcome:
+    def step(
+        self, step: int, *, loss_scale: float = 1.0, sinks: Mapping[nn.Parameter, Tensor] | None = None
+    ) -> Outcome:
         """One update; gradients are those of `loss_scale` times the loss and are gone afterwards.
 
         `sinks` holds, for some parameters, a float32 gradient that is used instead of their `.grad`. A norm that is not
@@ -100,8 +102,11 @@ class Optimizer:
     def restore(self, state: Mapping[str, Any], where: str) -> None:
         """Takes over what `state` gave; `where` names its file if it is another model's (UserError)."""
         if state["names"] != self.names:
-            raise UserError("the optimizer state belongs to other parameters", where,
-                            "resume with the config of the run, or start with `--fresh`")
+            raise UserError(
+                "the optimizer state belongs to other parameters",
+                where,
+                "resume with the config of the run, or start with `--fresh`",
+            )
         self.adamw.load_state_dict(state["adamw"])
         for parameter, master, saved in zip(self.parameters, self.masters, state["masters"], strict=True):
             if parameter is not master:

@@ -1,0 +1,237 @@
+"""One LLM that learns: weights, optional frozen reference, optimizer, and one rollout's update.
+
+    sequences → split by question → drop, weigh, pack → [π_old, π_ref] → loss and gradient, micro-batch by micro-batch
+              → clip, AdamW → metrics
+
+With one update a rollout the step is on-policy: the ratio is 1 and no old log-probs are computed. With more (`epochs`,
+`minibatches`) π_old is the trainer's own pass before the first update, or the engine's log-probs by `loss.old_logps`.
+Gradients of micro-batches add up to those of one large batch, because a token's weight comes from the whole step.
+
+    agent = Agent("ada", config.agents["ada"], config)
+    result = agent.update(sequences, step=1)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from ilr_kernels.lm_head import linear_logprob, linear_policy_loss
+from ilr_kernels.policy_loss import PolicyLoss
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from ilr_fast.attention import LMHead, lm_head_of, packed_forward
+from ilr_fast.batch import BatchRules, PackedBatch, PackedStep, pack_step, split_by_question
+from ilr_fast.config import AgentConfig, Config, LossConfig
+from ilr_fast.gradients import GradientSinks
+from ilr_fast.loading import load_policy, load_reference, restore_weights
+from ilr_fast.models import resolve_model
+from ilr_fast.optimizer import Optimizer
+from ilr_fast.step_meter import METRICS, StepMeter
+from ilr_fast.types import StepResult, TrainingSequence
+
+FIRST_LOSS_SCALE = 2.0**12  # float16 gradients below 6e-8 would vanish; halved after every overflow
+
+
+class Given(NamedTuple):
+    """What the loss of a micro-batch takes as constants; None where it is not needed."""
+
+    old_logp_N: Tensor | None
+    ref_logp_N: Tensor | None
+
+
+class Agent:
+    """A model with what its training needs. `train: none` has neither optimizer nor reference."""
+
+    def __init__(self, name: str, config: AgentConfig, run: Config, tokenizer: Any = None):
+        where = f"agents.{name}"
+        self.name, self.config, self.run, self.loss = name, config, run, run.loss
+        self.tokenizer = (
+            tokenizer if tokenizer is not None else AutoTokenizer.from_pretrained(resolve_model(config.model))
+        )
+        self.model: Any = load_policy(config, where, run.seed)
+        self.device = self.model.device
+        self.trains = config.train != "none"
+        self.policy_loss = policy_loss_of(run.loss)
+        self.rules = BatchRules(
+            run.loss.aggregation,
+            keep_dead=self.policy_loss.beta != 0 or self.policy_loss.entropy_coef != 0,
+            count_dropped=run.credit.count_dropped,
+            turn_limit=max(run.rollout.max_tokens.values()),
+        )
+        self.reference = self._reference(where)
+        self.optimizer = self.sinks = None
+        self.loss_scale = FIRST_LOSS_SCALE if self.model.dtype == torch.float16 and config.train == "full" else 1.0
+        if self.trains:
+            trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+            self.optimizer = Optimizer(trained, config.optimizer, run.steps)
+            self.sinks = GradientSinks(self.model.get_input_embeddings(), lm_head_of(self.model).weight)
+
+    def update(self, sequences: Sequence[TrainingSequence], step: int) -> StepResult:
+        """Trains on one rollout: `epochs` × `minibatches` optimizer steps at the rate of `step` (from 1).
+
+        An update whose gradient is not finite is left out, with the weights untouched, and named in `skipped`; so is a
+        rollout in which no turn has a gradient. `tokens_trained` counts each token of the rollout once.
+        """
+        assert self.trains, "a peer that only talks is not updated"
+        packed = [self._pack(part) for part in split_by_question(sequences, self.loss.minibatches)]
+        trained, dropped = sum(p.tokens_trained for p in packed), sum(p.tokens_dropped for p in packed)
+        parts = [p.batches for p in packed if p.batches]
+        if not parts:
+            return StepResult(dict.fromkeys(METRICS), 0, dropped, "no turn has a gradient")
+        meter = StepMeter()
+        several = self.loss.epochs * len(parts) > 1
+        given = [[self._given(batch, several, meter) for batch in part] for part in parts]
+        with self._training(step):
+            for _ in range(self.loss.epochs):
+                for part, constants in zip(parts, given, strict=True):
+                    self._optimize(part, constants, step, meter)
+        return StepResult(meter.metrics(), trained, dropped, _skipped(meter))
+
+    def reference_logps(self, sequences: Sequence[TrainingSequence]) -> list[tuple[float, ...]]:
+        """The frozen reference's log-probs of every trained token, by sequence, its turns one after the other.
+
+        For a KL in the reward (`loss.kl: k1`): reward − beta · Σ (behavior log-prob − reference log-prob).
+        """
+        everything = BatchRules(keep_dead=True)
+        found: list[tuple[float, ...]] = []
+        for sequence in sequences:
+            (batch,) = pack_step([sequence], everything, self.config.micro_batch_tokens, self.device).batches
+            found.append(tuple(self._reference_logp(batch).tolist()))
+        return found
+
+    def save_model(self, folder: Path) -> None:
+        """Writes weights (adapters in peft's format) and tokenizer as a Hugging Face folder."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def save_state(self, folder: Path) -> None:
+        """Writes the optimizer's state; random numbers of training come from (seed, step), so none need be kept."""
+        state = {"optimizer": self.optimizer.state() if self.optimizer else None, "loss_scale": self.loss_scale}
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(state, folder / "trainer.pt")
+
+    def load(self, model_folder: Path, state_folder: Path) -> None:
+        """Restores what `save_model` and `save_state` wrote, in place; UserError for another model's checkpoint."""
+        restore_weights(self.model, model_folder)
+        file = state_folder / "trainer.pt"
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        self.loss_scale = state["loss_scale"]
+        if self.optimizer is not None:
+            self.optimizer.restore(state["optimizer"], str(file))
+
+    def _reference(self, where: str) -> Any:
+        """A second model for full training; for adapters the model itself, with the adapters switched off."""
+        if not self.trains or self.loss.beta == 0:
+            return None
+        return self.model if self.config.train == "lora" else load_reference(self.config, where)
+
+    def _pack(self, sequences: Sequence[TrainingSequence]) -> PackedStep:
+        return pack_step(sequences, self.rules, self.config.micro_batch_tokens, self.device)
+
+    def _given(self, batch: PackedBatch, several: bool, meter: StepMeter) -> Given:
+        """π_old and π_ref of a micro-batch, before the first update."""
+        old_N = batch.behavior_logp_N if several else None
+        if several and self.loss.old_logps == "trainer":
+            old_N = self._logp(self.model, batch)
+            meter.difference(old_N, batch.behavior_logp_N)
+        return Given(old_N, self._reference_logp(batch) if self.policy_loss.beta else None)
+
+    def _optimize(self, part: Sequence[PackedBatch], given: Sequence[Given], step: int, meter: StepMeter) -> None:
+        """One optimizer step over its micro-batches."""
+        self.model.zero_grad(set_to_none=True)
+        self.sinks.clear()
+        before_any_update = not meter.outcomes
+        with self.sinks.open():
+            for batch, constants in zip(part, given, strict=True):
+                loss, stats = self._loss(batch, constants)
+                loss.backward()
+                meter.loss(loss / self.loss_scale, stats)
+                if before_any_update and (constants.old_logp_N is None or self.loss.old_logps == "engine"):
+                    meter.difference(stats["logp_T"], batch.behavior_logp_N)
+        outcome = self.optimizer.step(step, loss_scale=self.loss_scale, sinks=self.sinks.buffers)
+        if outcome.skipped:
+            self.loss_scale = max(1.0, self.loss_scale / 2)
+        meter.outcomes.append(outcome)
+
+    def _loss(self, batch: PackedBatch, given: Given) -> tuple[Tensor, dict[str, Any]]:
+        hidden_ND, head = self._hidden(self.model, batch)
+        return linear_policy_loss(
+            hidden_ND,
+            head.weight,
+            batch.target_N,
+            batch.advantage_N,
+            batch.token_weight_N * self.loss_scale,
+            old_logp_T=given.old_logp_N,
+            ref_logp_T=given.ref_logp_N,
+            behavior_logp_T=batch.behavior_logp_N if self.policy_loss.importance != "none" else None,
+            turn_T=batch.turn_N,
+            loss=self.policy_loss,
+            bias_V=head.bias,
+            temperature=self.run.rollout.temperature,
+            softcap=head.softcap,
+            weight_grad_VD=self.sinks.head,
+        )
+
+    def _hidden(self, model: Any, batch: PackedBatch) -> tuple[Tensor, LMHead]:
+        """Hidden states of the trained rows, and the head; a scale of the logits is moved into both."""
+        hidden_TD = packed_forward(model, batch.tokens_T, batch.positions_T, batch.plan)
+        hidden_ND, head = hidden_TD.index_select(0, batch.rows_N), lm_head_of(model)
+        if head.scale == 1:
+            return hidden_ND, head
+        return hidden_ND * head.scale, head._replace(bias=None if head.bias is None else head.bias * head.scale)
+
+    @torch.no_grad()
+    def _logp(self, model: Any, batch: PackedBatch) -> Tensor:
+        hidden_ND, head = self._hidden(model, batch)
+        temperature = self.run.rollout.temperature
+        logp_N = linear_logprob(
+            hidden_ND, head.weight, batch.target_N, bias_V=head.bias, temperature=temperature, softcap=head.softcap
+        )
+        return logp_N
+
+    def _reference_logp(self, batch: PackedBatch) -> Tensor:
+        assert self.reference is not None, "a reference is held where beta is not 0"
+        with self.model.disable_adapter() if self.reference is self.model else nullcontext():
+            return self._logp(self.reference, batch)
+
+    @contextmanager
+    def _training(self, step: int) -> Iterator[None]:
+        """Train mode where something needs it (dropout of adapters, checkpointing), with random numbers of its own."""
+        if not self.config.gradient_checkpointing and not (self.config.train == "lora" and self.config.lora.dropout):
+            yield
+            return
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(hash((self.run.seed, step)))
+            self.model.train()
+            try:
+                yield
+            finally:
+                self.model.eval()
+
+
+def policy_loss_of(config: LossConfig) -> PolicyLoss:
+    """The kernels' loss for a config; k1 acts in the reward, so the loss then has no KL."""
+    return PolicyLoss(
+        ratio=config.ratio,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        dual_clip=config.dual_clip,
+        objective=config.objective,
+        kl="k2" if config.kl == "k1" else config.kl,
+        beta=0.0 if config.kl == "k1" else config.beta,
+        entropy_coef=config.entropy_coef,
+        importance=config.importance,
+        importance_mode=config.importance_mode,
+        importance_cap=config.importance_cap,
+    )
+
+
+def _skipped(meter: StepMeter) -> str | None:
+    bad = sum(o.skipped for o in meter.outcomes)
+    return f"the gradient is not finite in {bad} of {len(meter.outcomes)} updates" if bad else None

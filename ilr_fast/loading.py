@@ -1,0 +1,139 @@
+"""From an agent's config to a model on its device: full weights, adapters, or a frozen reference.
+
+model = load_policy(config, "agents.ada", seed=0)
+reference = load_reference(config, "agents.ada")     # a second, frozen copy
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from ilr_fast.attention import lm_head_of, prepare
+from ilr_fast.config import AgentConfig, LoraConfig
+from ilr_fast.errors import UserError
+from ilr_fast.models import resolve_model
+
+
+def device_of(config: AgentConfig, where: str) -> torch.device:
+    """The device that the config names; UserError where it is not there."""
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(config.device)
+    except RuntimeError as error:
+        raise UserError(
+            f"{config.device!r} is no device ({error})", f"{where}.device", "use auto, cpu, cuda or cuda:1"
+        ) from None
+    there = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= there:
+        raise UserError(
+            f"no device {config.device} here", f"{where}.device", f"use `auto`; CUDA devices found: {there}"
+        )
+    return device
+
+
+def dtype_of(config: AgentConfig, device: torch.device) -> torch.dtype:
+    if config.dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return getattr(torch, config.dtype)
+
+
+def load_policy(config: AgentConfig, where: str, seed: int) -> nn.Module:
+    """The model that talks and learns, in eval mode; only what is trained requires gradients.
+
+    `where` is the agent's config path for errors; `seed` sets the adapters' first weights.
+    """
+    model = _load(config, where)
+    model.requires_grad_(config.train == "full")
+    if config.train == "lora":
+        model = _with_adapters(model, config.lora, f"{where}.lora", seed)
+    if config.gradient_checkpointing and config.train != "none":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    lm_head_of(model)  # refuses an adapter on the LM head before anything runs
+    return model.eval()
+
+
+def load_reference(config: AgentConfig, where: str) -> nn.Module:
+    """A frozen copy of the model as it was before training."""
+    return _load(config, where).requires_grad_(False).eval()
+
+
+def _load(config: AgentConfig, where: str) -> Any:
+    folder = resolve_model(config.model)
+    device = device_of(config, where)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype_of(config, device))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"the model can't be loaded ({error})",
+            f"{where}.model = {config.model}",
+            "give a Hugging Face folder with config.json and weights, or a name from `ilr-fast get-model`",
+        ) from None
+    _without_dropout(model)
+    prepare(model)
+    return model.to(device)
+
+
+def _without_dropout(model: nn.Module) -> None:
+    """A policy's ratio to itself must be 1: sampling has no dropout, so training has none either."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "attn_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def _with_adapters(model: Any, config: LoraConfig, where: str, seed: int) -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise UserError("peft is not installed", where, "pip install 'ilr-fast[lora]', or use `train: full`") from None
+    targets = config.targets if config.targets == "all-linear" else [t.strip() for t in config.targets.split(",")]
+    options = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            return peft.get_peft_model(model, options)
+        except ValueError as error:
+            raise UserError(
+                str(error), f"{where}.targets = {config.targets}", "use `all-linear` or the model's module names"
+            ) from None
+
+
+@torch.no_grad()
+def restore_weights(model: Any, folder: Path) -> None:
+    """Copies saved weights (a full model, or adapters where `model` has them) into `model`, in place, bit for bit."""
+    if hasattr(model, "peft_config"):
+        import peft
+
+        weights = peft.load_peft_weights(str(folder), device="cpu")
+        unknown = peft.set_peft_model_state_dict(model, weights).unexpected_keys
+        wanted = set(peft.get_peft_model_state_dict(model))
+        missing = sorted(wanted ^ set(weights)) + list(unknown)
+    else:
+        saved = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).state_dict()
+        own = model.state_dict()
+        missing = sorted(
+            n for n in own.keys() | saved.keys() if n not in own or n not in saved or own[n].shape != saved[n].shape
+        )
+        if not missing:
+            for name, tensor in own.items():
+                tensor.copy_(saved[name])
+    if missing:
+        raise UserError(
+            f"the checkpoint holds another model ({missing[0]} does not fit)",
+            str(folder),
+            "resume with the config of the run, or start with `--fresh`",
+        )
