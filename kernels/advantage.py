@@ -15,10 +15,9 @@ an affine function of R within a group, and the division by std takes it out aga
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from ilr_kernels import reference
 from ilr_kernels.backend import uses_triton
+from torch import Tensor
 
 CALIBRATE = ("reward", "advantage", "none")
 NORMALIZE = ("grpo", "dr_grpo", "rloo")

@@ -18,13 +18,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.autograd.function import once_differentiable
-
 from ilr_kernels import lm_head_checks as checks
 from ilr_kernels.backend import uses_triton
 from ilr_kernels.policy_loss import PolicyLoss, TokenInputs, TokenLoss, Turns, mean_stats, sum_stats, token_loss
 from ilr_kernels.sweep import Given, Gradients, Head, Policy, Swept, accumulation_dtype
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 DEFAULT_LOSS = PolicyLoss()
 
@@ -158,6 +157,7 @@ def _needed_rows(
         needed_T &= advantage_T != 0
     if not loss.over_turns:
         return _rows_or_all(needed_T), None
+    assert turn_T is not None
     _, index_T = turn_T.unique(return_inverse=True)
     live = torch.zeros(len(turn_T), dtype=torch.bool, device=turn_T.device)
     live[index_T[needed_T]] = True
@@ -166,9 +166,7 @@ def _needed_rows(
     return rows, Turns(index_N, length)
 
 
-def _stats(
-    loss: PolicyLoss, swept: Swept, inputs: TokenInputs, rows: Tensor | None, tokens: int
-) -> dict[str, Any]:
+def _stats(loss: PolicyLoss, swept: Swept, inputs: TokenInputs, rows: Tensor | None, tokens: int) -> dict[str, Any]:
     sums = sum_stats(swept.losses, swept.entropy_N, inputs)
     stats: dict[str, Any] = dict(mean_stats(sums))
     if inputs.ref_logp_N is None:
@@ -200,7 +198,9 @@ class _FormedGradients(torch.autograd.Function):
             return *formed, None, None, None
         if ctx.must_be_unscaled:
             if on_cpu:
-                raise ValueError(f"weight_grad_VD: dweight was added for an upstream gradient of 1, not {float(upstream)}")
+                raise ValueError(
+                    f"weight_grad_VD: dweight was formed for an upstream gradient of 1, not {float(upstream)}"
+                )
             upstream = torch.where(upstream == 1, upstream, float("nan"))
         return *(None if g is None else g.mul_(upstream) for g in formed), None, None, None
 
@@ -247,9 +247,7 @@ def _backend(hidden_ND: Tensor):
     return lm_head_torch.sweep
 
 
-def _differentiates(
-    hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, weight_grad_VD: Tensor | None
-) -> bool:
+def _differentiates(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, weight_grad_VD: Tensor | None) -> bool:
     if not torch.is_grad_enabled():
         return False
     return weight_grad_VD is not None or any(x is not None and x.requires_grad for x in (hidden_TD, weight_VD, bias_V))

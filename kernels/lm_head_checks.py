@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
-
 from ilr_kernels.policy_loss import PolicyLoss
+from torch import Tensor
 
 IGNORED = -100  # a target that carries no loss and no gradient
 
@@ -15,7 +14,12 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_head(
-    hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor, bias_V: Tensor | None, temperature: float, softcap: float | None
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    target_T: Tensor,
+    bias_V: Tensor | None,
+    temperature: float,
+    softcap: float | None,
 ) -> None:
     """Shapes, dtypes, devices and the range of the targets."""
     _require(hidden_TD.dim() == 2, f"hidden_TD must have two dimensions (tokens, hidden size), not {_shape(hidden_TD)}")
@@ -55,7 +59,11 @@ def check_tokens(hidden_TD: Tensor, tokens: dict[str, Tensor | None]) -> None:
 
 
 def check_loss(
-    loss: PolicyLoss, hidden_TD: Tensor, ref_logp_T: Tensor | None, behavior_logp_T: Tensor | None, turn_T: Tensor | None
+    loss: PolicyLoss,
+    hidden_TD: Tensor,
+    ref_logp_T: Tensor | None,
+    behavior_logp_T: Tensor | None,
+    turn_T: Tensor | None,
 ) -> None:
     """What the chosen loss needs is there."""
     _require(loss.beta == 0 or ref_logp_T is not None, f"ref_logp_T is needed for beta={loss.beta}")

@@ -69,7 +69,9 @@ class PolicyLoss:
         if self.dual_clip is not None and self.objective == "cispo":
             raise ValueError("dual_clip belongs to objective='ppo'; cispo clips its ratio on both sides already")
         if not 0 <= self.beta < math.inf or not math.isfinite(self.entropy_coef):
-            raise ValueError(f"beta={self.beta} must be finite and not negative, entropy_coef={self.entropy_coef} finite")
+            raise ValueError(
+                f"beta must be finite and not negative, entropy_coef finite; they are {self.beta}, {self.entropy_coef}"
+            )
         if not self.importance_cap > 0:
             raise ValueError(f"importance_cap must be above 0, not {self.importance_cap}")
 
@@ -106,7 +108,12 @@ class TokenInputs(NamedTuple):
 
     def at(self, rows: slice) -> TokenInputs:
         """The inputs of some of the rows; a loss over whole turns must not be cut, so `turns` is left out."""
-        return TokenInputs(*(None if x is None else x[rows] for x in tuple(self)[:5]))
+
+        def cut(x_N: Tensor | None) -> Tensor | None:
+            return None if x_N is None else x_N[rows]
+
+        old_N, ref_N, behavior_N = cut(self.old_logp_N), cut(self.ref_logp_N), cut(self.behavior_logp_N)
+        return TokenInputs(self.weight_N[rows], self.advantage_N[rows], old_N, ref_N, behavior_N)
 
 
 class TokenLoss(NamedTuple):
@@ -128,6 +135,7 @@ def token_loss(loss: PolicyLoss, logp_N: Tensor, entropy_N: Tensor, t: TokenInpu
     value_N = importance_N * policy_N + loss.beta * kl_N - loss.entropy_coef * entropy_N
     dpolicy_N = t.weight_N * importance_N * dpolicy_N
     if loss.ratio == "sequence" and loss.objective == "ppo":
+        assert t.turns is not None
         dpolicy_N = t.turns.mean(dpolicy_N)  # log s is the mean of the turn's log-ratios
     return TokenLoss(
         t.weight_N * value_N,
@@ -143,7 +151,10 @@ def _policy(loss: PolicyLoss, logp_N: Tensor, t: TokenInputs) -> tuple[Tensor, T
     """The policy term, its derivative (by log r for ppo, by log π for cispo) and where the clip acts."""
     a_N = t.advantage_N
     log_ratio_N = torch.zeros_like(logp_N) if t.old_logp_N is None else logp_N - t.old_logp_N
-    ratio_N = (t.turns.mean(log_ratio_N) if loss.ratio == "sequence" else log_ratio_N).exp()
+    if loss.ratio == "sequence":
+        assert t.turns is not None
+        log_ratio_N = t.turns.mean(log_ratio_N)
+    ratio_N = log_ratio_N.exp()
     above_N, below_N = ratio_N > 1 + loss.clip_high, ratio_N < 1 - loss.clip_low
     bounded_N = ratio_N.clamp(1 - loss.clip_low, 1 + loss.clip_high)
     if loss.objective == "cispo":
@@ -160,8 +171,10 @@ def _importance(loss: PolicyLoss, logp_N: Tensor, t: TokenInputs) -> tuple[Tenso
     """The importance weight against the engine's sampling, and where it was above its cap."""
     if loss.importance == "none":
         return torch.ones_like(logp_N), torch.zeros_like(logp_N, dtype=torch.bool)
+    assert t.behavior_logp_N is not None
     log_weight_N = (logp_N if t.old_logp_N is None else t.old_logp_N) - t.behavior_logp_N
     if loss.importance == "sequence":
+        assert t.turns is not None
         log_weight_N = t.turns.sum(log_weight_N)
     weight_N = log_weight_N.exp()
     above_N = weight_N > loss.importance_cap

@@ -11,9 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from ilr_kernels.policy_loss import PolicyLoss
+from torch import Tensor
 
 
 def calibrated_advantage(
@@ -138,6 +137,7 @@ def linear_policy_loss(
     log_ratio_T = logp_T - old_T
     ratio_T = log_ratio_T.exp()
     if variant.ratio == "sequence":
+        assert turn_T is not None
         ratio_T = _over_turns(log_ratio_T, turn_T, valid_T, torch.mean).exp()
     bounded_T = ratio_T.clamp(1 - variant.clip_low, 1 + variant.clip_high)
     if variant.objective == "cispo":
@@ -149,8 +149,10 @@ def linear_policy_loss(
         policy_T = -gain_T
     per_token_T = policy_T - variant.entropy_coef * entropy_T
     if variant.importance != "none":
+        assert behavior_logp_T is not None
         log_weight_T = old_T.detach() - behavior_logp_T.to(dtype)
         if variant.importance == "sequence":
+            assert turn_T is not None
             log_weight_T = _over_turns(log_weight_T, turn_T, valid_T, torch.sum)
         above = variant.importance_cap if variant.importance_mode == "truncate" else 0.0
         weight_T = log_weight_T.exp()

@@ -12,9 +12,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-
 from ilr_kernels.policy_loss import PolicyLoss, TokenInputs, TokenLoss
+from torch import Tensor
 
 
 class Head(NamedTuple):
