@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -13,3 +14,8 @@ def uses_triton(x: Tensor) -> bool:
     if x.dtype == torch.float64:
         return False
     return x.is_cuda or os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def on_device(x: Tensor) -> AbstractContextManager:
+    """Makes the tensor's GPU the current one, since Triton launches on that; nothing to do on the CPU."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 from ilr_kernels.policy_loss import TokenLoss, token_loss
-from ilr_kernels.sweep import Given, Gradients, Head, Policy, Swept, accumulation_dtype, spread_gradients
+from ilr_kernels.sweep import Given, Gradients, Head, Policy, Swept, accumulation_dtype, chunk_logits, spread_gradients
 from torch import Tensor
 
 CHUNK_ELEMENTS = 2**26  # logits held at once: 256 MiB of float32; with fewer than ~128 rows the products lose speed
@@ -45,7 +45,7 @@ def sweep(
     slab_CV = hidden_ND.new_empty(chunk, vocabulary)
     for start in range(0, n, chunk):
         rows = slice(start, min(start + chunk, n))
-        logits_CV = _logits(head, hidden_ND[rows], slab_CV)
+        logits_CV = chunk_logits(head, hidden_ND[rows], slab_CV)
         for first in range(start, rows.stop, block):
             in_block = slice(first, min(first + block, rows.stop))
             work.block(in_block, logits_CV[first - start : in_block.stop - start])
@@ -53,14 +53,6 @@ def sweep(
             spread_gradients(logits_CV, hidden_ND, head, grads, rows)
     losses = TokenLoss(*(torch.cat(parts) for parts in zip(*work.losses, strict=True))) if work.losses else None
     return Swept(logp_N, work.entropy_N, losses)
-
-
-def _logits(head: Head, hidden_CD: Tensor, slab_CV: Tensor) -> Tensor:
-    """weight · hidden + bias of a chunk, in the slab."""
-    out = slab_CV[: len(hidden_CD)]
-    if head.bias_V is None:
-        return torch.mm(hidden_CD, head.weight_VD.t(), out=out)
-    return torch.addmm(head.bias_V, hidden_CD, head.weight_VD.t(), out=out)
 
 
 @dataclass

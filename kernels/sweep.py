@@ -60,6 +60,14 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def chunk_logits(head: Head, hidden_CD: Tensor, slab_CV: Tensor) -> Tensor:
+    """weight · hidden + bias of a chunk, in the slab."""
+    out = slab_CV[: len(hidden_CD)]
+    if head.bias_V is None:
+        return torch.mm(hidden_CD, head.weight_VD.t(), out=out)
+    return torch.addmm(head.bias_V, hidden_CD, head.weight_VD.t(), out=out)
+
+
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, where `total` may be float32 while a and b are 16 bits wide."""
     if total.dtype == a.dtype:

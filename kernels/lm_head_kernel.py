@@ -1,0 +1,129 @@
+"""The Triton pass over a chunk's logits: softmax statistics, then the gradient in the logits' place.
+
+One program takes one row, reads it once for the statistics (a running maximum and the sums rescaled to it) and, where a
+gradient is wanted, once more to overwrite it. Everything is calculated in float32 whatever the logits are held in.
+"""
+
+import triton
+import triton.language as tl
+from ilr_kernels.policy_loss_kernel import token_loss
+
+
+@triton.jit
+def _finish(logit, softcap, temperature, SOFTCAP: tl.constexpr):
+    """The finished logit and its derivative by the raw one: soft-cap first, then temperature."""
+    slope = 1.0 / temperature
+    if SOFTCAP:
+        tanh = 1.0 - 2.0 / (tl.exp(2.0 * logit / softcap) + 1.0)
+        logit = softcap * tanh
+        slope *= 1.0 - tanh * tanh
+    return logit / temperature, slope
+
+
+@triton.jit(do_not_specialize=["first_row"])
+def rows_kernel(
+    p_logits,  # [chunk, V], the gradient takes their place
+    p_target,
+    p_logp,
+    p_entropy,
+    p_dlogp,  # read for STEP "given", written for "policy"
+    p_dentropy,  # read for "given"; None: 0
+    p_weight,  # from here on for "policy" alone
+    p_advantage,
+    p_old,
+    p_ref,
+    p_behavior,
+    p_value,
+    p_clipped,
+    p_kl,
+    p_truncated,
+    first_row,  # the chunk's first row in the vectors
+    vocabulary,
+    stride,
+    softcap,
+    temperature,
+    clip_low,
+    clip_high,
+    dual_clip,
+    importance_cap,
+    beta,
+    entropy_coef,
+    STEP: tl.constexpr,  # "statistics", "given" or "policy"
+    GRADIENT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    OBJECTIVE: tl.constexpr,
+    DUAL_CLIP: tl.constexpr,
+    KL: tl.constexpr,
+    IMPORTANCE_MODE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    p_row = p_logits + row * stride
+    row += first_row
+    target = tl.load(p_target + row)
+    target_logit = tl.load(p_row + target).to(tl.float32)
+    target_x, _target_slope = _finish(target_logit, softcap, temperature, SOFTCAP)
+    o_v = tl.arange(0, BLOCK_V)
+
+    peak = -float("inf")
+    total = 0.0  # Σ exp(x − peak)
+    moment = 0.0  # Σ exp(x − peak) (x − peak)
+    for start in range(0, vocabulary, BLOCK_V):
+        m_v = start + o_v < vocabulary
+        b_logit = tl.load(p_row + start + o_v, mask=m_v, other=0.0).to(tl.float32)
+        b_x, _b_slope = _finish(b_logit, softcap, temperature, SOFTCAP)
+        new_peak = tl.maximum(peak, tl.max(tl.where(m_v, b_x, -float("inf")), 0))
+        drop = tl.where(start == 0, 0.0, peak - new_peak)
+        b_x -= new_peak
+        b_e = tl.where(m_v, tl.exp(b_x), 0.0)
+        scale = tl.exp(drop)
+        moment = scale * (moment + drop * total) + tl.sum(b_e * b_x, 0)
+        total = scale * total + tl.sum(b_e, 0)
+        peak = new_peak
+    log_sum = peak + tl.log(total)
+    logp = target_x - log_sum
+    entropy = tl.log(total) - moment / total
+    tl.store(p_logp + row, logp)
+    tl.store(p_entropy + row, entropy)
+
+    dlogp = 0.0
+    dentropy = 0.0
+    if STEP == "given":
+        dlogp = tl.load(p_dlogp + row)
+        if p_dentropy is not None:
+            dentropy = tl.load(p_dentropy + row)
+    if STEP == "policy":
+        value, dlogp, dentropy, clipped, kl, truncated = token_loss(
+            logp,
+            entropy,
+            tl.load(p_weight + row),
+            tl.load(p_advantage + row),
+            None if p_old is None else tl.load(p_old + row),
+            None if p_ref is None else tl.load(p_ref + row),
+            None if p_behavior is None else tl.load(p_behavior + row),
+            clip_low,
+            clip_high,
+            dual_clip,
+            importance_cap,
+            beta,
+            entropy_coef,
+            OBJECTIVE=OBJECTIVE,
+            DUAL_CLIP=DUAL_CLIP,
+            KL=KL,
+            IMPORTANCE_MODE=IMPORTANCE_MODE,
+        )
+        tl.store(p_value + row, value)
+        tl.store(p_dlogp + row, dlogp)
+        tl.store(p_clipped + row, clipped)
+        tl.store(p_kl + row, kl)
+        tl.store(p_truncated + row, truncated)
+
+    if GRADIENT:
+        for start in range(0, vocabulary, BLOCK_V):
+            m_v = start + o_v < vocabulary
+            b_logit = tl.load(p_row + start + o_v, mask=m_v, other=0.0).to(tl.float32)
+            b_x, b_slope = _finish(b_logit, softcap, temperature, SOFTCAP)
+            b_logp = b_x - log_sum
+            b_dx = -tl.exp(b_logp) * (dlogp + dentropy * (b_logp + entropy))
+            b_dx += tl.where(start + o_v == target, dlogp, 0.0)
+            tl.store(p_row + start + o_v, (b_dx * b_slope).to(p_logits.dtype.element_ty), mask=m_v)
