@@ -1,0 +1,55 @@
+"""Stop strings, also those that span tokens, checked cheaply at every token.
+
+A stop string can only be completed by a token whose own text holds the string's last character (or half a character,
+which decodes to U+FFFD). Only then is the end of the generation decoded, and only if that shows a stop string the whole
+of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+HALF = "\N{REPLACEMENT CHARACTER}"
+
+
+class Decoder(Protocol):
+    """What the engine needs of a tokenizer."""
+
+    def decode(self, token_ids: Sequence[int], /, *, skip_special_tokens: bool) -> str: ...
+
+
+class StopStrings:
+    """Stop-string checks for one tokenizer, with a memory of its tokens' texts."""
+
+    def __init__(self, tokenizer: Decoder):
+        self._tokenizer = tokenizer
+        self._pieces: dict[int, str] = {}
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The text without special tokens."""
+        return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+    def before_stop(self, tokens: Sequence[int], stop: Sequence[str]) -> str:
+        """The text up to the first stop string in it."""
+        text = self.text(tokens)
+        return text[: min((place for s in stop if (place := text.find(s)) >= 0), default=len(text))]
+
+    def completed(self, tokens: Sequence[int], stop: Sequence[str]) -> bool:
+        """Whether the last of `tokens` completes one of the stop strings."""
+        piece = self._piece(tokens)
+        if HALF not in piece and not any(s[-1] in piece for s in stop):
+            return False
+        tail = self.text(tokens[-(4 * max(map(len, stop)) + 16) :])  # a character takes at most four tokens
+        if not any(s in tail for s in stop):
+            return False
+        text = self.text(tokens)
+        return any(s in text for s in stop)
+
+    def _piece(self, tokens: Sequence[int]) -> str:
+        """The text of the last token. Decoded twice over, as decoders drop a space at the very beginning."""
+        token = tokens[-1]
+        if token not in self._pieces:
+            once = self.text([token])
+            self._pieces[token] = once + self.text([token, token])
+        return self._pieces[token]
