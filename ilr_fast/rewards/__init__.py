@@ -13,14 +13,11 @@ the reward None, so that the sample is counted and left out. `make_grader` names
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import os
-import sys
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
-if TYPE_CHECKING:  # verifier processes import this package too and need none of it
+if TYPE_CHECKING:  # verifier processes import this package too, many times a step: it must stay light
+    from collections.abc import Sequence
+
     from ilr_fast.types import Grade, Question
 
 GRADERS = {
@@ -63,6 +60,8 @@ def make_grader(
     `grade(question, text) -> Grade`; where it has no `grade_many` or `close`, they are added.
     Raises UserError where the name is unknown, an option does not exist, or the grader cannot work on this machine.
     """
+    import inspect
+
     from ilr_fast.errors import UserError, nearest
 
     if name not in GRADERS and ":" not in name:
@@ -91,7 +90,12 @@ def overlong(tokens: int, limit: int, buffer: int) -> float:
 
 
 def _load(path: str) -> Any:
-    from ilr_fast.errors import UserError
+    import importlib
+    import inspect
+    import os
+    import sys
+
+    from ilr_fast.errors import UserError, nearest
 
     module_name, _, attribute = path.partition(":")
     if os.getcwd() not in sys.path:  # a console script does not have the working folder on its path; the user's file is there
@@ -101,8 +105,6 @@ def _load(path: str) -> Any:
     except ImportError as error:
         raise UserError(f"cannot import {module_name!r}: {error}", "reward.name", "check module:Class and the path") from error
     if not hasattr(module, attribute):
-        from ilr_fast.errors import nearest
-
         names = [n for n, value in vars(module).items() if inspect.isclass(value)]
         raise UserError(f"{module_name!r} has no {attribute!r}", "reward.name", nearest(attribute, names or ["(no class)"]))
     return getattr(module, attribute)

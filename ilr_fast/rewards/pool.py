@@ -15,6 +15,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ class Pool:
         self._spawn, self._slots, self._lock = spawn, threading.Semaphore(size), threading.Lock()
         self._idle: list[Channel] = []
         self._all: set[Channel] = set()
+        # The kernel ties "die with the parent" to the thread that started the child, so one that lasts starts them all.
+        self._starter = ThreadPoolExecutor(1, thread_name_prefix="verifier-starter")
         self._finalizer = weakref.finalize(self, _close_all, self._all, os.getpid())
 
     @contextlib.contextmanager
@@ -53,8 +56,7 @@ class Pool:
     def ask(self, request: dict[str, Any], time_limit: float) -> dict[str, Any]:
         """One request, one answer. Raises Expired past `time_limit` seconds, Broken where the verifier fails.
 
-        A process that ends without an answer is tried once more: it may have been killed from outside, or with the thread
-        that started it (the kernel ties "die with the parent" to the thread).
+        A request whose process ended without an answer is tried once more: something outside may have killed it.
         """
         for attempt in (1, 2):
             try:
@@ -68,7 +70,7 @@ class Pool:
         raise AssertionError("unreachable")
 
     def close(self) -> None:
-        """Kills the processes."""
+        """Kills the processes. A later request would start new ones."""
         with self._lock:
             self._idle.clear()
             _close_all(self._all, os.getpid())
@@ -84,7 +86,7 @@ class Pool:
             self._drop(channel)
 
     def _start(self) -> Channel:
-        channel = self._spawn()
+        channel = self._starter.submit(self._spawn).result()
         self._all.add(channel)
         try:
             greeting = channel.receive(time.monotonic() + START_LIMIT)
