@@ -7,8 +7,9 @@ A reward is graded (ILR.md section 3 says why two values would make calibration 
     with make_grader("number") as grader:
         grader.grade(question, "= 760")        # Grade(reward=1.1, correct=True, formatted=True, answer="760")
 
-A text that is wrong, hostile, or runs the verifier into its time limit is worth 0. Only where the verifier itself broke is
-the reward None, so that the sample is counted and left out. `make_grader` names the graders; each is one file here.
+A text that is wrong, hostile, or runs the verifier into its time limit is worth 0. Only where the verifier itself
+broke is the reward None, so that the sample is counted and left out. `make_grader` names the graders; each is one
+file here.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ def make_grader(
     from ilr_fast.errors import UserError, nearest
 
     if name not in GRADERS and ":" not in name:
-        raise UserError(f"there is no grader called {name!r}", "reward.name", f"{nearest(name, GRADERS)}; or module:Class")
+        remedy = f"{nearest(name, GRADERS)}; or module:Class"
+        raise UserError(f"there is no grader called {name!r}", "reward.name", remedy)
     grader_class = _load(GRADERS.get(name, name))
     common = {"format_weight": format_weight, "time_limit": time_limit, "workers": workers}
     known = inspect.signature(grader_class).parameters
@@ -98,15 +100,16 @@ def _load(path: str) -> Any:
     from ilr_fast.errors import UserError, nearest
 
     module_name, _, attribute = path.partition(":")
-    if os.getcwd() not in sys.path:  # a console script does not have the working folder on its path; the user's file is there
+    if os.getcwd() not in sys.path:  # where the user's file is; a console script's path does not have it
         sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise UserError(f"cannot import {module_name!r}: {error}", "reward.name", "check module:Class and the path") from error
+        remedy = "give module:Class of an installed module, or of a file in this folder"
+        raise UserError(f"cannot import {module_name!r}: {error}", "reward.name", remedy) from error
     if not hasattr(module, attribute):
-        names = [n for n, value in vars(module).items() if inspect.isclass(value)]
-        raise UserError(f"{module_name!r} has no {attribute!r}", "reward.name", nearest(attribute, names or ["(no class)"]))
+        names = [n for n, value in vars(module).items() if inspect.isclass(value)] or ["(no class)"]
+        raise UserError(f"{module_name!r} has no {attribute!r}", "reward.name", nearest(attribute, names))
     return getattr(module, attribute)
 
 

@@ -1,7 +1,7 @@
 """Inside the jail: runs the program under test and evaluates expressions for the checker.
 
-It is in the program's own process and so in the program's hands: whatever it answers counts as the program's answer, never
-as a verdict. It is never told what a test expects. Requests, a line of JSON each:
+It is in the program's own process and so in the program's hands: whatever it answers counts as the program's answer,
+never as a verdict. It is never told what a test expects. Requests, a line of JSON each:
 
     {"op": "run", "code": …, "after": …}       the program, then the tests' set-up
     {"op": "eval", "source": …, "names": …}    an expression, with values for some names
@@ -25,10 +25,15 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
     module = types.ModuleType("program")  # not __main__: `if __name__ == "__main__":` parts are demonstrations
     sys.modules["program"] = module  # dataclasses and typing look their module up
     kept: list[Any] = []
+
+    def keep(item: Any) -> int:
+        kept.append(item)
+        return len(kept) - 1
+
     for line in requests:
         try:
             value = _answer(json.loads(line), module.__dict__, kept)
-            text = json.dumps({"value": encode(value, lambda item: (kept.append(item), len(kept) - 1)[1])})
+            text = json.dumps({"value": encode(value, keep)})
         except BaseException as error:  # SystemExit and all: the program's
             text = json.dumps({"raise": type(error).__name__, "text": _shown(error)})
         answers.write(text.encode() + b"\n")

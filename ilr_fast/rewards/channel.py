@@ -1,7 +1,7 @@
 """Lines of JSON to and from a child process, with deadlines and a size limit that hold whatever the child does.
 
-The child may be hostile: it may not read (a blocking write would hang), may not answer, or may answer without end. Both
-directions are non-blocking and polled against one deadline (of `time.monotonic`).
+The child may be hostile: it may not read (a blocking write would hang), may not answer, or may answer without end.
+Both directions are non-blocking and polled against one deadline (of `time.monotonic`).
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Channel:
         return self.process.poll() is None
 
     def close(self, patience: float = 0.0) -> None:
-        """Hangs up, waits `patience` seconds for the child to end by itself, then kills it. Never raises, never hangs."""
+        """Hangs up, gives the child `patience` seconds to end by itself, then kills it. Never raises or hangs."""
         for pipe in (self.process.stdin, self.process.stdout):
             with contextlib.suppress(OSError):
                 pipe.close()  # type: ignore[union-attr]

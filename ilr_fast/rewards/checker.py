@@ -1,14 +1,14 @@
 """Inside another jail: runs the tests, in a process that the program under test never touches.
 
-The tests run as they are written, except that every expression that belongs to the program is evaluated in the program's
-process, and only its value, as plain built-in data, comes back:
+The tests run as they are written, except that every expression that belongs to the program is evaluated in the
+program's process, and only its value, as plain built-in data, comes back:
 
     assert set(f((3, 4), [5])) == {3, 5}    →    assert set(⟨f((3, 4), [5])⟩) == {3, 5}
 
-So the program cannot pass by exiting early, printing, patching `assert`, builtins or modules, by an `__eq__` that is always
-true, or by reading what is expected: none of it is in its process. An expression belongs to the program where its
-first name does: one that is neither a builtin, nor imported, nor defined by the tests or a definition in their set-up. A builtin's name
-belongs to the program only where the data's reference solution defines it too.
+So the program cannot pass by exiting early, printing, patching `assert`, builtins or modules, by an `__eq__` that is
+always true, or by reading what is expected: none of it is in its process. An expression belongs to the program where
+its first name does: one that is neither a builtin, nor imported, nor defined by the tests or a definition in their
+set-up. A builtin's name belongs to the program only where the data's reference solution defines it too.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 r"""Options: a letter, or one of a few words such as yes and no.
 
-The asked form is the option alone: "B", "(B)", "B.", "\boxed{B}", "Answer: B". Otherwise the text is right where it says
-"answer is (B)" (or "answer: B") and names no other option so; else, for letters, where one single option stands in brackets.
-A text that names several options commits to none and is wrong.
+The asked form is the option alone: "B", "(B)", "B.", "\boxed{B}", "Answer: B". Otherwise the text is right where it
+says "answer is (B)" (or "answer: B") and names no other option so; else, for letters, where one single option stands
+in brackets. A text that names several options commits to none and is wrong.
 
-The options are the grader's `options=["yes", "no"]`, or the question's `metadata["choices"]` (a list of that many letters, or a
-mapping whose keys are the options), or, where the answer is a letter, A to J.
+The options are the grader's `options=["yes", "no"]`, or the question's `metadata["choices"]` (a list of that many
+letters, or a mapping whose keys are the options), or, where the answer is a letter, A to J.
 """
 
 from __future__ import annotations

@@ -2,13 +2,15 @@
 
     grader = make_grader("code", time_limit=5.0)    # UserError where this machine allows no sandbox
 
-The program is the last fenced block that defines something, else the last block, else the whole text; the asked form is a
-closed fenced block. It runs, then `test_setup_code` (and `test_imports`), then each test, all within `time_limit` seconds. Program and
-tests are in two jails (jail.py): the program's evaluates the tests' calls, the other compares (checker.py says why).
+The program is the last fenced block that defines something, else the last block, else the whole text; the asked form
+is a closed fenced block. It runs, then `test_setup_code` (and `test_imports`), then each test, all within
+`time_limit` seconds. Program and tests are in two jails (jail.py): the program's evaluates the tests' calls, the
+other compares (checker.py says why).
 
-What remains possible to a hostile program: to answer the calls that it has seen with constants (the prompt often shows the
-tests); to satisfy a test that names no expected value (`f(x) == f(y)`); within its limits, to use the machine's CPU, and
-whatever a hole in the kernel allows. A data set whose tests are hostile is confined in the same way.
+What remains possible to a hostile program: to answer the calls that it has seen with constants (the prompt often
+shows the tests); to satisfy a test that names no expected value (`f(x) == f(y)`); within its limits, to use the
+machine's CPU, and whatever a hole in the kernel allows. A data set whose tests are hostile is confined in the same
+way.
 """
 
 from __future__ import annotations
@@ -56,9 +58,10 @@ class CodeGrader(BaseGrader):
         try:
             result = self._run(task)
         except Expired:
-            return self.timed_out(formatted, program, f"timeout: program and tests took more than {self.time_limit:g} s")
-        except (Broken, Closed) as error:
-            return self.broken(formatted, program, f"the sandbox failed: {error}")
+            error = f"timeout: program and tests took more than {self.time_limit:g} s"
+            return self.timed_out(formatted, program, error)
+        except (Broken, Closed) as failure:
+            return self.broken(formatted, program, f"the sandbox failed: {failure}")
         if "broken" in result:
             return self.broken(formatted, program, result["broken"])
         return self.verdict(result["verdict"], formatted, program, result["error"])
@@ -78,7 +81,7 @@ class CodeGrader(BaseGrader):
 
 
 def relay(task: dict[str, Any], checker: Channel, program: Channel, deadline: float) -> dict[str, Any]:
-    """Carries the checker's questions to the program and back until the verdict. Raises Expired, or the checker's Closed.
+    """Carries the checker's questions to the program until the verdict. Raises Expired, or the checker's Closed.
 
     The program's answers pass through unread: they are for the confined checker to make sense of.
     """

@@ -2,17 +2,20 @@
 
     python -c "…; from ilr_fast.rewards.jail import main; main()" '{"entry": "ilr_fast.rewards.candidate", …}'
 
-It is three processes. The outer one prepares the confinement and supervises: when its parent hangs up or dies it ends the
-rest. The middle one is process 1 of the new process namespace: when it ends, the kernel kills whatever the program started,
-and nothing in the namespace can harm it. The inner one drops every right, says {"ready": true} and runs `entry.serve`.
+It is three processes. The outer one prepares the confinement and supervises: when its parent hangs up or dies it ends
+the rest. The middle one is process 1 of the new process namespace: when it ends, the kernel kills whatever the
+program started, and nothing in the namespace can harm it. The inner one drops every right, says {"ready": true} and
+runs `entry.serve`.
 
-mode "namespaces": mount, process, network, IPC and host-name namespaces; as an ordinary user a user namespace too. The file
-  system is a new one: the interpreter and system libraries read-only, four devices, an empty /tmp of limited size, no /proc.
-mode "user" (as root where namespaces are not allowed): an unused user id. Landlock hides all files but the interpreter and
-  libraries, nothing can be written at all; seccomp takes the sockets. The outer process, still root, kills all of that user.
+mode "namespaces": mount, process, network, IPC and host-name namespaces; as an ordinary user a user namespace too, as
+  root an unused user id. The file system is a new one: the interpreter and system libraries read-only, four devices, an
+  empty /tmp of limited size, no /proc.
+mode "user" (as root where namespaces are not allowed): an unused user id. Landlock hides all files but the interpreter
+  and libraries, nothing can be written at all; seccomp takes the sockets. The outer process, still root, kills all of
+  that user's processes.
 
-In both, resource limits on CPU seconds, memory, processes, file size and open files; no capabilities, no new privileges, no
-environment; a seccomp filter.
+In both, resource limits on CPU seconds, memory, processes, file size and open files; no capabilities, no new
+privileges, no environment; a seccomp filter.
 """
 
 from __future__ import annotations
@@ -177,7 +180,7 @@ def drop_rights(settings: dict[str, Any]) -> None:
         os.setresuid(settings["uid"], settings["uid"], settings["uid"])
         for path in settings["readable"]:
             if not os.access(path, os.R_OK):
-                raise OSError(f"other users cannot read {path}: use a Python that is installed outside of private folders")
+                raise OSError(f"other users cannot read {path}: use a Python outside of private folders")
     syscalls.drop_capabilities()
     syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
     if settings["mode"] == "user":

@@ -1,6 +1,7 @@
 """Landlock: from here on this process reads the given paths and nothing else, and writes nothing. Linux 5.13.
 
-Used where there are no mount namespaces to hide the rest of the file system. (docs.kernel.org/userspace-api/landlock.html)
+Used where there are no mount namespaces to hide the rest of the file system.
+(docs.kernel.org/userspace-api/landlock.html)
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def version() -> int:
 
 
 def restrict(readable: Iterable[str]) -> None:
-    """Only `readable` and what is below can be read; nothing but /dev/null written. Needs no_new_privs. Raises OSError."""
+    """Only `readable` and below can be read, only /dev/null written. Needs no_new_privs. Raises OSError."""
     known = version()
     rights = 13 + (known >= 2) + (known >= 3) + (known >= 5)  # how many kinds of file access the kernel knows
     fields = [(1 << rights) - 1] + [3] * (known >= 4) + [3] * (known >= 6)  # files; TCP; signals and abstract sockets

@@ -3,9 +3,9 @@ r"""Mathematics: math-verify on the last \boxed{} of the text, in a process that
     grader = make_grader("math", time_limit=5.0)
     grader.grade(question, r"… so it is \boxed{\frac{1}{2}}.")
 
-The asked form is a \boxed{}; a text without one is wrong. Answers that need no algebra take no process: the same LaTeX up to
-spacing, or two integers. Of several values the order does not matter, and all must be there.
-A text that runs the verifier out of time or memory is worth 0. So is a box far longer than the answer: it is not looked at.
+The asked form is a \boxed{}; a text without one is wrong. Answers that need no algebra take no process: the same
+LaTeX up to spacing, or two integers. Of several values the order does not matter, and all must be there. A text that
+runs the verifier out of time or memory is worth 0. So is a box far longer than the answer: it is not looked at.
 """
 
 from __future__ import annotations

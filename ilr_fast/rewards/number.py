@@ -7,11 +7,11 @@ r"""Plain numbers: the answer is one number on the first line of the text.
     436, 760, 20                no: a list commits to nothing
     12 + 760                    no
 
-The rules, in order. The line is the first that is not empty. A \boxed{} in it stands for the line. An equation, arithmetic
-without letters up to a `=`, commits to the one number after its last `=`. Otherwise the line must hold exactly one distinct
-number. Numbers are compared as decimals: "1,234.50" is 1234.5, with thousands separators only in groups of three.
-A fraction or "1e5" reads as two numbers and so is wrong; `math` reads those. The form is right where the whole text is one
-number alone, after an optional `=`, or in \boxed{}.
+The rules, in order. The line is the first that is not empty. A \boxed{} in it stands for the line. An equation,
+arithmetic without letters up to a `=`, commits to the one number after its last `=`. Otherwise the line must hold
+exactly one distinct number. Numbers are compared as decimals: "1,234.50" is 1234.5, with thousands separators only in
+groups of three. A fraction or "1e5" reads as two numbers and so is wrong; `math` reads those. The form is right where
+the whole text is one number alone, after an optional `=`, or in \boxed{}.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from ilr_fast.rewards.base import BaseGrader, last_boxed
 from ilr_fast.types import Grade, Question
 
 LONGEST_LINE = 1000
-NUMBER = re.compile(r"(?:(?<![0-9.)\w])-)?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<!\.)\.[0-9]+)")
+WHOLE = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
+NUMBER = re.compile(rf"(?:(?<![0-9.)\w])-)?(?:{WHOLE}(?:\.[0-9]+)?|(?<!\.)\.[0-9]+)")
 ALONE = re.compile(rf"=?\s*\$?({NUMBER.pattern})\.?", re.ASCII)
 ARITHMETIC = re.compile(r"[-+*/×÷().,=\s0-9]*")
 

@@ -1,8 +1,9 @@
 """A few verifier processes that are reused, killed when they overrun and started again.
 
-A verifier is a process of its own because nothing else stops one: sympy in `10^{10^{10}}` holds the interpreter in C code,
-deaf to signals and to other threads. Processes start when first needed, run in their own session (a Ctrl-C in the terminal does
-not reach them), and die with this one: it kills them at exit, and the kernel does if it is itself killed (worker.py).
+A verifier is a process of its own because nothing else stops one: sympy in `10^{10^{10}}` holds the interpreter in C
+code, deaf to signals and to other threads. Processes start when first needed, run in their own session (a Ctrl-C in
+the terminal does not reach them), and die with this one: it kills them at exit, and the kernel does if it is itself
+killed (worker.py).
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def _close_all(channels: set[Channel], owner: int) -> None:
 
 
 def spawn_worker(function: str, memory_mib: int) -> Channel:
-    """Starts worker.py for `module:function` under this interpreter, with a fixed hash seed, and does not wait for it."""
+    """Starts worker.py for `module:function`, with a fixed hash seed, and does not wait for it."""
     path = [PACKAGE_ROOT, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     environment = os.environ | {"PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "ilr_fast.rewards.worker", function, str(os.getpid()), str(memory_mib)]

@@ -1,9 +1,9 @@
 """A seccomp filter: the system calls that a program under test has no use for fail with EPERM.
 
 No sockets (so no network where there is no network namespace), no tracing or reading of other processes, no mounts or
-namespaces, no memory outside the address-space limit (memfd, System V), no kernel interfaces of poor record (bpf, io_uring,
-userfaultfd, keys, performance events). clone3 fails with ENOSYS, upon which libc falls back to clone, whose flags can be seen.
-Numbers: the kernel's tables of system calls, x86_64 and arm64.
+namespaces, no memory outside the address-space limit (memfd, System V), no kernel interfaces of poor record (bpf,
+io_uring, userfaultfd, keys, performance events). clone3 fails with ENOSYS, upon which libc falls back to clone, whose
+flags can be seen. Numbers: the kernel's tables of system calls, x86_64 and arm64.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 CLONE = {"x86_64": 56, "aarch64": 220}
 CLONE3 = 435
 NEW_NAMESPACES = 0x7E020000  # CLONE_NEW* of clone's flags
-COMMON = (425, 426, 427, 428, 429, 430, 431, 432, 433, 438, 442, 447)  # io_uring, mount interface, pidfd_getfd, memfd_secret
+# io_uring, the new mount interface, pidfd_getfd, memfd_secret
+COMMON = (425, 426, 427, 428, 429, 430, 431, 432, 433, 438, 442, 447)
 DENIED = {
     "x86_64": (
         41, 42, 49, 50,  # socket, connect, bind, listen
@@ -26,7 +27,7 @@ DENIED = {
         155, 161, 165, 166, 272, 308, 303, 304,  # pivot_root, chroot, mount, umount2, unshare, setns, file handles
         29, 30, 64, 68, 240, 319,  # shmget, shmat, semget, msgget, mq_open, memfd_create
         248, 249, 250, 298, 321, 323,  # keys, perf_event_open, bpf, userfaultfd
-        175, 176, 313, 246, 320, 163, 164, 167, 168, 169, 170, 171, 172, 173, 179, 227,  # modules, kexec, administration
+        175, 176, 313, 246, 320, 163, 164, 167, 168, 169, 170, 171, 172, 173, 179, 227,  # modules, kexec, time
         135, 253, 294, 300, 278,  # personality, inotify, fanotify, vmsplice
     ),
     "aarch64": (

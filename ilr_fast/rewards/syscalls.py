@@ -43,7 +43,7 @@ def detach(target: str) -> None:
 
 
 def make_read_only(target: str) -> None:
-    """mount_setattr(2): the mount and all below it become read-only, without devices and setuid programs. Linux 5.12."""
+    """mount_setattr(2), Linux 5.12: the mount and all below become read-only, without devices and setuid."""
     attributes = (ctypes.c_uint64 * 4)(MS_RDONLY | MS_NOSUID | MS_NODEV, 0, 0, 0)
     call(MOUNT_SETATTR, AT_FDCWD, target.encode(), AT_RECURSIVE, ctypes.byref(attributes), ctypes.sizeof(attributes))
 

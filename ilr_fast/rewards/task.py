@@ -1,13 +1,14 @@
 r"""Generated tasks: reasoning-gym's own scorer, in a process that is killed when it overruns.
 
-The question's metadata is the generated entry's own metadata (it names the task under "source_dataset"); a whole entry under
-the key "entry" does as well. The answer is what stands in the last <answer>…</answer>, else in the last \boxed{}, else the whole
-text. The asked form is the answer alone: in a tag or box, or as the text's only line.
+The question's metadata is the generated entry's own metadata (it names the task under "source_dataset"); a whole
+entry under the key "entry" does as well. The answer is what stands in the last <answer>…</answer>, else in the last
+\boxed{}, else the whole text. The asked form is the answer alone: in a tag or box, or as the text's only line.
 
     reward = the scorer's score, 0 to 1 (some tasks give part of it), plus `format_weight`; right means a score of 1
 
-Some of the scorers hand the model's text to `eval` or to sympy's parser, which evaluates it too. In the verifier process both
-are replaced by ones that take literals and arithmetic only (`safe_eval`, `safe_expression`): a text with more in it scores 0.
+Some of the scorers hand the model's text to `eval` or to sympy's parser, which evaluates it too. In the verifier
+process both are replaced by ones that take literals and arithmetic only (`safe_eval`, `safe_expression`): a text with
+more in it scores 0.
 """
 
 from __future__ import annotations
@@ -28,12 +29,10 @@ from ilr_fast.types import Grade, Question
 
 LONGEST_ANSWER = 20_000
 ARITHMETIC = (
-    ast.Expression, ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare,
-    ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.expr_context,
+    ast.Expression, ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.BinOp, ast.UnaryOp, ast.BoolOp,
+    ast.Compare, ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.expr_context,
 )  # fmt: skip
-FUNCTIONS = frozenset(
-    "sin cos tan cot sec csc asin acos atan sinh cosh tanh asinh acosh atanh exp log ln sqrt abs Abs pi".split()
-)
+FUNCTIONS = re.compile(r"a?(?:sin|cos|tan)h?|cot|sec|csc|exp|log|ln|sqrt|[aA]bs|pi|[^\W_]")
 
 
 class TaskGrader(BaseGrader):
@@ -115,7 +114,7 @@ def safe_expression(text: str) -> str:
     """The text, if it is a formula: one-letter names and `FUNCTIONS`; no attributes, no strings, no other names."""
     names = re.findall(r"[^\W\d]\w*", text)
     formula = re.fullmatch(r"[\w\s+\-*/^().,!=]*", text) and not re.search(r"\.\s*[^\W\d]|__", text)
-    if not formula or not all(len(name) == 1 or name in FUNCTIONS for name in names):
+    if not formula or not all(FUNCTIONS.fullmatch(name) for name in names):
         raise Refused("not a formula")
     return text
 
@@ -131,7 +130,8 @@ def verify(request: dict[str, Any] | None) -> dict[str, Any]:
     score = get_score_answer_fn(entry["metadata"]["source_dataset"])
     try:
         return {"score": float(score(request["answer"], entry))}
-    except Exception as error:  # many scorers raise on a text of the wrong shape; one that raises on the right answer is broken
+    except Exception as error:  # many scorers raise on a text of the wrong shape
+        # one that raises on the right answer too is broken, and this raises again
         if not isinstance(error, Refused):
             score(entry["answer"], entry)
         return {"score": 0.0, "refused": f"{type(error).__name__}: {error}"[:200]}

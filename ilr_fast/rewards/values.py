@@ -1,9 +1,10 @@
 """Values between the program under test and its checker: JSON that can only become plain built-in values.
 
-What arrives is from a process that may be hostile, so nothing is unpickled or evaluated and every object is built here, from
-types whose comparison cannot be forged. None, bool, str, float, small int and list stand for themselves; the rest is
-{"t": type, "v": content}. Subclasses (named tuples, Counter, enums of int) arrive as their built-in base, iterators as an
-iterator over their items; any other object as {"t": "ref", "v": number}, which only its own process can follow.
+What arrives is from a process that may be hostile, so nothing is unpickled or evaluated and every object is built
+here, from types whose comparison cannot be forged. None, bool, str, float, small int and list stand for themselves;
+the rest is {"t": type, "v": content}. Subclasses (named tuples, Counter, enums of int) arrive as their built-in base,
+iterators as an iterator over their items; any other object as {"t": "ref", "v": number}, which only its own process
+can follow.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     python -m ilr_fast.rewards.worker ilr_fast.rewards.math:verify PARENT_PID MEMORY_MIB
 
-It imports the function's module and what that needs, never torch; its memory is limited; the kernel kills it when the thread
-that started it ends. What the libraries print goes nowhere: the answers have the standard output to themselves.
+It imports the function's module and what that needs, never torch; its memory is limited; the kernel kills it when the
+thread that started it ends. What the libraries print goes nowhere: the answers have the standard output to
+themselves.
 """
 
 from __future__ import annotations
