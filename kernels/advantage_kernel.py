@@ -4,6 +4,11 @@ import triton
 import triton.language as tl
 
 
+def warps(block_g: int) -> int:
+    """Warps for a block of samples: enough that a group of thousands still fits the registers."""
+    return min(16, max(1, block_g // 256))
+
+
 @triton.jit
 def _statistics(b_x, m_g):
     """Mean, maximum, minimum and number of a group's samples."""

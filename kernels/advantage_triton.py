@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import triton
-from ilr_kernels.advantage_kernel import advantage_kernel
+from ilr_kernels.advantage_kernel import advantage_kernel, warps
 from ilr_kernels.backend import on_device
 from torch import Tensor
 
@@ -23,6 +23,7 @@ def launch(
     calibrated_MQG, advantage_MQG = (torch.empty_like(rewards_MQG, dtype=torch.float32) for _ in range(2))
     if questions == 0:
         return calibrated_MQG, advantage_MQG
+    block = triton.next_power_of_2(samples)
     with on_device(rewards_MQG):
         advantage_kernel[(questions, agents)](
             rewards_MQG,
@@ -36,7 +37,8 @@ def launch(
             float(eps),
             CALIBRATE=calibrate,
             NORMALIZE=normalize,
-            BLOCK_G=triton.next_power_of_2(samples),
+            BLOCK_G=block,
+            num_warps=warps(block),
             enable_fp_fusion=True,
         )
     return calibrated_MQG, advantage_MQG

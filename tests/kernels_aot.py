@@ -85,7 +85,7 @@ def lm_head_cases() -> Iterator[Case]:
 
 def advantage_cases() -> Iterator[Case]:
     """The advantage: every calibration and normalization, with and without a mask, a small and a large group."""
-    kernel = import_kernels("advantage_kernel").advantage_kernel
+    module = import_kernels("advantage_kernel")
     types = {"p_reward": "*fp32", "p_mask": "*u8", "p_calibrated": "*fp32", "p_advantage": "*fp32"}
     types |= {"agents": "i32", "questions": "i32", "samples": "i32", "calibrate_weight": "fp32", "eps": "fp32"}
     for calibrate, normalize, block, masked in (
@@ -96,7 +96,8 @@ def advantage_cases() -> Iterator[Case]:
     ):
         constants = {"CALIBRATE": calibrate, "NORMALIZE": normalize, "BLOCK_G": block}
         constants |= {} if masked else {"p_mask": None}
-        yield case(f"advantage_kernel {calibrate} {normalize} {block}", kernel, types, constants, warps=4)
+        name = f"advantage_kernel {calibrate} {normalize} {block}"
+        yield case(name, module.advantage_kernel, types, constants, module.warps(block))
 
 
 def compile_ptx(case: Case, architecture: int) -> str:
@@ -117,7 +118,14 @@ def ptxas_report(ptx: str, architecture: int) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
-        command = [get_ptxas(architecture).path, "-v", f"--gpu-name={target.group(1)}", str(path), "-o", str(path.with_suffix(".cubin"))]
+        command = [
+            get_ptxas(architecture).path,
+            "-v",
+            f"--gpu-name={target.group(1)}",
+            str(path),
+            "-o",
+            str(path.with_suffix(".cubin")),
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = {

@@ -1,0 +1,40 @@
+"""The Triton kernels under Triton's interpreter, in a process of its own (the compiler cannot share it):
+
+TRITON_INTERPRET=1 python tests/kernels_interpret.py     # status 0: everything agrees with float64 truth
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from kernels_cases import SHAPES, VARIANTS, check_advantage, check_logprob, check_policy_loss
+
+
+def main() -> int:
+    """Every variant on one shape, every shape under three variants, and the advantage."""
+    assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1"
+    from ilr_kernels import lm_head_triton
+
+    launched = lm_head_triton.rows_kernel
+    assert type(launched).__name__ == "InterpretedFunction", type(launched)
+    for name in VARIANTS:
+        for dtype in (torch.float32, torch.bfloat16):
+            check_policy_loss((13, 24, 101), name, dtype)
+    for shape in SHAPES:
+        for name in ("ppo off-policy", "everything", "everything by token"):
+            check_policy_loss(shape, name, torch.float32)
+        check_policy_loss(shape, "ppo", torch.float16, chunk=None)
+        check_logprob(shape, torch.float32, softcap=4.0, temperature=0.8)
+        check_logprob(shape, torch.bfloat16)
+    for shape in ((1, 1, 1), (1, 4, 8), (2, 3, 5), (3, 2, 16), (5, 3, 33)):
+        for calibrate in ("reward", "advantage", "none"):
+            for normalize in ("grpo", "dr_grpo", "rloo"):
+                check_advantage(shape, calibrate, normalize, masked=shape[1] > 2)
+    check_advantage((2, 3, 5), "reward", "grpo", masked=True, dtype=torch.bfloat16)
+    print("all agree")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
