@@ -6,9 +6,9 @@
     checkpoints/step_000010/manifest.json     SHA-256 and size of every other file
     checkpoints/best → step_000010            the highest validation accuracy (of equals the newest)
 
-A checkpoint is written into a hidden folder beside its place, flushed to the disk and renamed; what a kill or a full disk
-leaves behind is hidden, and removed by the next save. Old checkpoints go only when the new one stands, so the disk needs
-room for keep + 2 of them: the newest `keep`, the best, and the one being written. With AdamW in float32 one takes
+A checkpoint is written into a hidden folder beside its place, flushed to the disk and renamed; what a kill or a full
+disk leaves behind is hidden, and removed by the next save. Old checkpoints go only when the new one stands, so the disk
+needs room for keep + 2 of them: the newest `keep`, the best, and the one being written. With AdamW in float32 one takes
 12 bytes a parameter. Agents that don't train are not saved: their weights are their model's.
 
     save(run / "checkpoints", 10, hosts, {"seed": 0}, keep=2, score=0.61)

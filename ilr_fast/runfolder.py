@@ -4,8 +4,9 @@
         folder.write_dialogues(1, credited)
         folder.write_results(rows)
 
-Beside these it holds config.yaml, environment.json, metrics.jsonl, checkpoints/, report.html and tensorboard/. A folder of something else, or of another config's run, is refused and left as it is. Keys that only say how long, how
-fast or where the run goes on (`MAY_DIFFER`) may change when it does.
+Beside these it holds config.yaml, environment.json, metrics.jsonl, checkpoints/, report.html and tensorboard/. A folder
+of something else, or of another config's run, is refused and left as it is. Keys that only say how long, how fast or
+where the run goes on (`MAY_DIFFER`) may change when it does.
 """
 
 from __future__ import annotations
