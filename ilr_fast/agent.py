@@ -64,7 +64,8 @@ class Agent:
             turn_limit=max(run.rollout.max_tokens.values()),
         )
         self.reference = self._reference(where)
-        self.optimizer = self.sinks = None
+        self.optimizer: Optimizer | None = None
+        self.sinks: GradientSinks | None = None
         self.loss_scale = FIRST_LOSS_SCALE if self.model.dtype == torch.float16 and config.train == "full" else 1.0
         if self.trains:
             trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
@@ -143,22 +144,24 @@ class Agent:
 
     def _optimize(self, part: Sequence[PackedBatch], given: Sequence[Given], step: int, meter: StepMeter) -> None:
         """One optimizer step over its micro-batches."""
+        optimizer, sinks = self.optimizer, self.sinks
+        assert optimizer is not None and sinks is not None, "a peer that only talks is not updated"
         self.model.zero_grad(set_to_none=True)
-        self.sinks.clear()
+        sinks.clear()
         before_any_update = not meter.outcomes
-        with self.sinks.open():
+        with sinks.open():
             for batch, constants in zip(part, given, strict=True):
-                loss, stats = self._loss(batch, constants)
+                loss, stats = self._loss(batch, constants, sinks.head)
                 loss.backward()
                 meter.loss(loss / self.loss_scale, stats)
                 if before_any_update and (constants.old_logp_N is None or self.loss.old_logps == "engine"):
                     meter.difference(stats["logp_T"], batch.behavior_logp_N)
-        outcome = self.optimizer.step(step, loss_scale=self.loss_scale, sinks=self.sinks.buffers)
+        outcome = optimizer.step(step, loss_scale=self.loss_scale, sinks=sinks.buffers)
         if outcome.skipped:
             self.loss_scale = max(1.0, self.loss_scale / 2)
         meter.outcomes.append(outcome)
 
-    def _loss(self, batch: PackedBatch, given: Given) -> tuple[Tensor, dict[str, Any]]:
+    def _loss(self, batch: PackedBatch, given: Given, weight_grad_VD: Tensor | None) -> tuple[Tensor, dict[str, Any]]:
         hidden_ND, head = self._hidden(self.model, batch)
         return linear_policy_loss(
             hidden_ND,
@@ -174,7 +177,7 @@ class Agent:
             bias_V=head.bias,
             temperature=self.run.rollout.temperature,
             softcap=head.softcap,
-            weight_grad_VD=self.sinks.head,
+            weight_grad_VD=weight_grad_VD,
         )
 
     def _hidden(self, model: Any, batch: PackedBatch) -> tuple[Tensor, LMHead]:

@@ -33,7 +33,7 @@ class GradientSinks:
         if self._head is not None:
             self.buffers[self._head] = torch.zeros_like(self._head, dtype=torch.float32)
         if self._scale is not None:
-            weight = embedding.weight
+            weight: Any = embedding.weight
             self.buffers.setdefault(weight, torch.zeros_like(weight, dtype=torch.float32))
         self._tied = self._head is not None and self._head is embedding.weight
 

@@ -1,5 +1,7 @@
 """From an agent's config to a model on its device: full weights, adapters, or a frozen reference.
 
+A folder that holds adapters is loaded with its base and merged; what is trained then is the whole, or new adapters.
+
 model = load_policy(config, "agents.ada", seed=0)
 reference = load_reference(config, "agents.ada")     # a second, frozen copy
 """
@@ -43,7 +45,7 @@ def dtype_of(config: AgentConfig, device: torch.device) -> torch.dtype:
     return getattr(torch, config.dtype)
 
 
-def load_policy(config: AgentConfig, where: str, seed: int) -> nn.Module:
+def load_policy(config: AgentConfig, where: str, seed: int) -> Any:
     """The model that talks and learns, in eval mode; only what is trained requires gradients.
 
     `where` is the agent's config path for errors; `seed` sets the adapters' first weights.
@@ -53,21 +55,26 @@ def load_policy(config: AgentConfig, where: str, seed: int) -> nn.Module:
     if config.train == "lora":
         model = _with_adapters(model, config.lora, f"{where}.lora", seed)
     if config.gradient_checkpointing and config.train != "none":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     lm_head_of(model)  # refuses an adapter on the LM head before anything runs
     return model.eval()
 
 
-def load_reference(config: AgentConfig, where: str) -> nn.Module:
+def load_reference(config: AgentConfig, where: str) -> Any:
     """A frozen copy of the model as it was before training."""
     return _load(config, where).requires_grad_(False).eval()
 
 
 def _load(config: AgentConfig, where: str) -> Any:
-    folder = resolve_model(config.model)
+    folder = resolve_model(config.model, f"{where}.model")
     device = device_of(config, where)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype_of(config, device))
+        if (folder / "adapter_config.json").exists():
+            model = _peft(where).AutoPeftModelForCausalLM.from_pretrained(folder, dtype=dtype_of(config, device))
+            model = model.merge_and_unload()
+        else:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype_of(config, device))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"the model can't be loaded ({error})",
@@ -90,10 +97,7 @@ def _without_dropout(model: nn.Module) -> None:
 
 
 def _with_adapters(model: Any, config: LoraConfig, where: str, seed: int) -> Any:
-    try:
-        import peft
-    except ImportError:
-        raise UserError("peft is not installed", where, "pip install 'ilr-fast[lora]', or use `train: full`") from None
+    peft = _peft(where)
     targets = config.targets if config.targets == "all-linear" else [t.strip() for t in config.targets.split(",")]
     options = peft.LoraConfig(
         r=config.rank,
@@ -112,6 +116,14 @@ def _with_adapters(model: Any, config: LoraConfig, where: str, seed: int) -> Any
             ) from None
 
 
+def _peft(where: str) -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise UserError("peft is not installed", where, "pip install 'ilr-fast[lora]', or use full models") from None
+    return peft
+
+
 @torch.no_grad()
 def restore_weights(model: Any, folder: Path) -> None:
     """Copies saved weights (a full model, or adapters where `model` has them) into `model`, in place, bit for bit."""
@@ -119,9 +131,9 @@ def restore_weights(model: Any, folder: Path) -> None:
         import peft
 
         weights = peft.load_peft_weights(str(folder), device="cpu")
-        unknown = peft.set_peft_model_state_dict(model, weights).unexpected_keys
+        loaded: Any = peft.set_peft_model_state_dict(model, weights)
         wanted = set(peft.get_peft_model_state_dict(model))
-        missing = sorted(wanted ^ set(weights)) + list(unknown)
+        missing = sorted(wanted ^ set(weights)) + list(loaded.unexpected_keys)
     else:
         saved = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).state_dict()
         own = model.state_dict()

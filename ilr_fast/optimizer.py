@@ -87,7 +87,8 @@ class Optimizer:
         for group in self.adamw.param_groups:
             group["lr"] = lr
         # The fused kernel divides gradients by `grad_scale` as it reads them, which saves a pass over all of them.
-        self.adamw.grad_scale = None if divisor == 1 else torch.tensor(divisor, device=self.masters[0].device)
+        scale = None if divisor == 1 else torch.tensor(divisor, device=self.masters[0].device)
+        setattr(self.adamw, "grad_scale", scale)  # noqa: B010 (mypy does not know it)
         self.adamw.step()
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             if parameter is not master:

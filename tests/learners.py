@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from ilr_fast.agent import Agent
 from ilr_fast.config import AgentConfig, Config, LossConfig, OptimizerConfig, RolloutConfig
@@ -34,14 +35,16 @@ def save_model(folder: Path, family: str, seed: int = 0) -> Path:
         torch.nn.init.normal_(parameter, std=0.15)
     path = folder / family
     model.save_pretrained(path)
+    words().save_pretrained(path)
     return path
 
 
-class Words:
-    """Stands where a tokenizer is only saved along."""
-
-    def save_pretrained(self, folder: Path) -> None:
-        (Path(folder) / "words.txt").write_text("a tokenizer")
+def words() -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer of the 97 words w0 … w96."""
+    known = {f"w{n}": n for n in range(97)}
+    tokenizer = Tokenizer(models.WordLevel(known, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w96", unk_token="w0")
 
 
 def make_agent(
@@ -53,9 +56,9 @@ def make_agent(
 ) -> Agent:
     """An agent in float32 whose AdamW moves far enough to be seen."""
     optimizer = optimizer or OptimizerConfig(lr=1e-3, eps=1e-4, clip_norm=0.5)
-    agent = AgentConfig(model=str(model), device="cpu", optimizer=optimizer, **{"dtype": "float32", **keys})
+    agent = AgentConfig(model=str(model), optimizer=optimizer, **{"device": "cpu", "dtype": "float32", **keys})
     run = Config(agents={"ada": agent}, loss=loss or LossConfig(), rollout=rollout or RolloutConfig(), steps=10)
-    return Agent("ada", agent, run, Words())
+    return Agent("ada", agent, run)
 
 
 def rollout(seed: int = 0, questions: int = 3, dead: bool = True) -> list[TrainingSequence]:

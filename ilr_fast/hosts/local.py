@@ -1,0 +1,108 @@
+"""An agent and its engine in this process: the engine samples from the very weights that the optimizer changes.
+
+host = open_host("ada", config.agents["ada"], config, chat)
+generation = await host.generate(tokens, sampling)
+result = host.update(sequences, step=1)
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import resource
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ilr_fast.agent import Agent
+from ilr_fast.allocator import keep_freed_memory
+from ilr_fast.chat import ChatFormat
+from ilr_fast.config import AgentConfig, Config
+from ilr_fast.engines.embedded import EmbeddedEngine
+from ilr_fast.types import Generation, Sampling, StepResult, TrainingSequence
+
+
+class LocalHost:
+    """A `Host` (hosts/__init__.py) without any process between."""
+
+    def __init__(self, agent: Agent, engine: EmbeddedEngine):
+        self.agent, self.engine = agent, engine
+        self.name, self.trains, self.max_context = agent.name, agent.trains, engine.max_context
+
+    async def generate(self, tokens: Sequence[int], sampling: Sampling) -> Generation:
+        """Samples with the current weights."""
+        return await self.engine.generate(tokens, sampling)
+
+    def update(self, sequences: Sequence[TrainingSequence], step: int) -> StepResult:
+        """See Host. What the engine has cached goes first, so that its memory is free for training."""
+        self.engine.weights_changed()
+        return self.agent.update(sequences, step)
+
+    def reference_logps(self, sequences: Sequence[TrainingSequence]) -> list[tuple[float, ...]]:
+        """See Host."""
+        return self.agent.reference_logps(sequences)
+
+    def save_model(self, folder: Path) -> None:
+        """See Host."""
+        self.agent.save_model(folder)
+
+    def save_state(self, folder: Path) -> None:
+        """See Host."""
+        self.agent.save_state(folder)
+
+    def load(self, model_folder: Path, state_folder: Path) -> None:
+        """See Host."""
+        self.engine.weights_changed()
+        self.agent.load(model_folder, state_folder)
+
+    def stats(self) -> dict[str, float]:
+        """Counters since start. `memory_peak_gib` is the highest so far, of the device; on the CPU of the process."""
+        counted = self.engine.stats()
+        return {
+            "tokens_generated": counted.tokens_generated,
+            "tokens_prompt": counted.tokens_prompt,
+            "tokens_reused": counted.tokens_reused,
+            "seconds_busy": counted.seconds,
+            "steps": counted.steps,
+            "memory_peak_gib": _memory_peak(self.agent.device) / 2**30,
+        }
+
+    def close(self) -> None:
+        """Drops model, optimizer and cache."""
+        self.engine.weights_changed()
+        del self.agent, self.engine
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+
+def open_host(name: str, agent: AgentConfig, config: Config, chat: ChatFormat) -> LocalHost:
+    """Loads an agent's model and opens its engine. Sets the process's threads and determinism as the config says."""
+    _set_up_torch(config)
+    loaded = Agent(name, agent, config, chat.tokenizer)
+    engine = EmbeddedEngine(
+        loaded.model,
+        chat.tokenizer,
+        slots=agent.engine.slots,
+        max_context=agent.engine.max_context,
+        stop_tokens=chat.stop_tokens,
+    )
+    return LocalHost(loaded, engine)
+
+
+def _set_up_torch(config: Config) -> None:
+    keep_freed_memory()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with a workspace only
+        torch.use_deterministic_algorithms(True)
+        setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 (mypy does not know it)
+
+
+def _memory_peak(device: torch.device) -> int:
+    """Bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,52 @@
+"""An agent and its engine in one process: what is sampled is what is trained."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from learners import save_model, words
+
+from ilr_fast.chat import ChatFormat
+from ilr_fast.config import AgentConfig, Config, OptimizerConfig, RolloutConfig
+from ilr_fast.credit import training_sequences
+from ilr_fast.hosts.local import open_host
+from ilr_fast.types import Credited, Dialogue, Question, Sampling, Scored, Turn
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("models"), "llama_tied")
+
+
+@pytest.mark.parametrize("train", ["full", "lora", "none"])
+def test_a_host_samples_from_what_it_trains(folder, train):
+    config = AgentConfig(
+        model=str(folder), device="cpu", dtype="float32", train=train, optimizer=OptimizerConfig(lr=1e-3),
+        chat_template="plain",
+    )  # fmt: skip
+    run = Config(agents={"ada": config}, rollout=RolloutConfig(temperature=0.8), steps=4)
+    host = open_host("ada", config, run, ChatFormat(words(), "plain"))
+    prompt = [3, 4, 5, 6]
+
+    def sampled(step):
+        async def ask():
+            wanted = [Sampling(max_tokens=6, temperature=0.8, seed=100 * step + i) for i in range(6)]
+            return await asyncio.gather(*(host.generate(prompt, sampling) for sampling in wanted))
+
+        turns = [Turn("sharing", "neutral", "", tuple(prompt), g) for g in asyncio.run(ask())]
+        dialogues = [Dialogue(Question("q", "", ""), i, "single", {"ada": (t,)}) for i, t in enumerate(turns)]
+        credited = [
+            Credited(Scored(d, {}, {}), {}, {"ada": (1.0 if i % 2 else -1.0,)}) for i, d in enumerate(dialogues)
+        ]
+        return training_sequences(credited, "ada")
+
+    assert host.trains == (train != "none")
+    for step in (1, 2, 3):
+        sequences = sampled(step)
+        if host.trains:
+            metrics = host.update(sequences, step).metrics
+            assert metrics["logp_diff_max"] < 1e-4 and metrics["grad_norm"] > 0
+    stats = host.stats()
+    assert stats["tokens_generated"] > 0 and stats["memory_peak_gib"] > 0
+    host.close()
