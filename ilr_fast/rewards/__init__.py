@@ -64,11 +64,14 @@ def make_grader(
     import inspect
 
     from ilr_fast.errors import UserError, nearest
+    from ilr_fast.rewards.base import Adapted
 
     if name not in GRADERS and ":" not in name:
         remedy = f"{nearest(name, GRADERS)}; or module:Class"
         raise UserError(f"there is no grader called {name!r}", "reward.name", remedy)
     grader_class = _load(GRADERS.get(name, name))
+    if not callable(getattr(grader_class, "grade", None)):
+        raise UserError(f"{name!r} has no method grade(question, text)", "reward.name", "give a class that has it")
     common = {"format_weight": format_weight, "time_limit": time_limit, "workers": workers}
     known = inspect.signature(grader_class).parameters
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
@@ -77,7 +80,8 @@ def make_grader(
             remedy = nearest(option, set(known) - {"self"}) if known else "leave it out: this grader takes no options"
             raise UserError(f"the grader {name!r} has no option {option!r}", "reward", remedy)
     given = {k: v for k, v in common.items() if takes_all or k in known} | options
-    return _complete(grader_class(**given), name)
+    grader = grader_class(**given)
+    return grader if isinstance(grader, Grader) else Adapted(grader)
 
 
 def overlong(tokens: int, limit: int, buffer: int) -> float:
@@ -111,12 +115,3 @@ def _load(path: str) -> Any:
         names = [n for n, value in vars(module).items() if inspect.isclass(value)] or ["(no class)"]
         raise UserError(f"{module_name!r} has no {attribute!r}", "reward.name", nearest(attribute, names))
     return getattr(module, attribute)
-
-
-def _complete(grader: Any, name: str) -> Grader:
-    from ilr_fast.errors import UserError
-    from ilr_fast.rewards.base import Adapted
-
-    if not callable(getattr(grader, "grade", None)):
-        raise UserError(f"{name!r} has no method grade(question, text)", "reward.name", "see docs on bringing a reward")
-    return grader if isinstance(grader, Grader) else Adapted(grader)

@@ -64,9 +64,9 @@ def check(
 ) -> dict[str, Any]:
     """{"verdict": whether every test passed, "error": the first failure}."""
     setup.body = [node for node in setup.body if isinstance(node, DEFINITIONS)]
-    bound = set().union(*(_bound(test) for test in tests))
-    own = (set(dir(builtins)) - reference) | bound | defined(setup.body)
-    split = Split(own, passed=bound - set().union(*(defined(test.body) for test in tests)))
+    bound = set().union(*(_bound(tree) for tree in (setup, *tests)))
+    definitions = [node for tree in (setup, *tests) for node in tree.body if isinstance(node, DEFINITIONS)]
+    split = Split((set(dir(builtins)) - reference) | bound, passed=bound - defined(definitions))
     namespace: dict[str, Any] = {
         "__name__": "tests",
         "__ask__": lambda source, **names: ask(

@@ -10,7 +10,7 @@ can follow.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, ItemsView, KeysView, ValuesView
 from decimal import Decimal
 from fractions import Fraction
 from itertools import islice
@@ -44,7 +44,7 @@ def encode(value: Any, refer: Callable[[Any], int]) -> Any:
         return {"t": "range", "v": [value.start, value.stop, value.step]}
     if isinstance(value, (Decimal, Fraction)):
         return {"t": type(value).__name__, "v": str(value)}
-    if hasattr(type(value), "__next__") or isinstance(value, ({}.keys().__class__, {}.values().__class__)):
+    if hasattr(type(value), "__next__") or isinstance(value, (KeysView, ValuesView, ItemsView)):
         return {"t": "iter", "v": [encode(item, refer) for item in islice(value, MOST_ITEMS)]}
     return {"t": "ref", "v": refer(value)}
 

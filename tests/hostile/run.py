@@ -4,8 +4,8 @@
     python tests/hostile/run.py namespaces nobody   as an ordinary user (started as root)
     python tests/hostile/run.py user                as root without namespaces
 
-Where the interpreter lies in a folder that other users cannot enter (/root), it is first shown at the same place in mounts of
-this process's own.
+Where the interpreter lies in a folder that other users cannot enter (/root), it is first shown at the same place in
+mounts of this process's own.
 """
 
 from __future__ import annotations
