@@ -1,7 +1,7 @@
 """metrics.jsonl, one row a step, and the same numbers to TensorBoard, Weights & Biases and trackio.
 
 Every row has every key of PHASES, TOKENS and AGENT; a number that does not exist (not measured, NaN, infinite) is null,
-never 0, and is left out of the trackers' curves. `Timer` splits a step's seconds; nested phases count once, in the inner one:
+never 0, and is left out of the trackers' curves. `Timer` splits a step's seconds; a nested phase's are the inner one's:
 
     timer = Timer()
     with timer("generate"):
