@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -38,6 +39,7 @@ def main(mode: str, user: str | None) -> None:
     (folder / "data").write_text("granted")
     (folder / "data").chmod(0o666)
     if user:
+        os.chown(folder, NOBODY, NOBODY)
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
@@ -52,6 +54,7 @@ def main(mode: str, user: str | None) -> None:
     finally:
         victim.kill()
         victim.wait()
+        shutil.rmtree(folder, ignore_errors=True)
     print(json.dumps({"grades": grades, "harm": harm}))
 
 
