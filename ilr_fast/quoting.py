@@ -26,7 +26,7 @@ def one_newline(text: str) -> str:
 
 def quote(text: str) -> str:
     """Every line of the text behind "> ", blank lines left out; a text of nothing says so."""
-    lines = [line.rstrip() for line in one_newline(text).split("\n") if line.strip()]
+    lines = [line.rstrip() for line in one_newline(text).strip().split("\n") if line.strip()]
     return "\n".join(f"> {line}" for line in lines or [NOTHING])
 
 
