@@ -1,15 +1,13 @@
 """The config tree: every key, its default, its meaning and its bounds. `docs/config.md` is generated from this file.
 
-A YAML file lists only what differs from the defaults. Parsing and its errors are in config_parse.py; what no single
-key can tell (contradictions between keys) is checked in `check` at the end, before anything is loaded.
+A YAML file lists only what differs from the defaults. Parsing and its errors are in config_parse.py, contradictions
+between keys in config_check.py; both come before anything is loaded.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
-
-from ilr_fast.errors import UserError
 
 
 def key(default: Any, doc: str, *, low: float | None = None, high: float | None = None) -> Any:
@@ -107,7 +105,7 @@ class RolloutConfig:
     temperature: float = key(1.0, "Sampling temperature; the log-probs are of the same distribution.", low=0.01)
     top_p: float = key(1.0, "Must be 1 while training: the log-probs would be another distribution's.", low=0, high=1)
     top_k: int = key(0, "Must be 0 (off) while training.", low=0)
-    max_tokens: dict[str, int] = key({"default": 512}, "Most sampled tokens of a turn, by stage; `default` for the rest.")
+    max_tokens: dict[str, int] = key({"default": 512}, "Most sampled tokens of a turn by stage; `default`: the rest.")
     stop: list[str] = key([], "Texts that end a turn, beside the template's own end of turn.")
     peer_tokens: int = key(512, "Of a peer's text the last so many tokens are kept.", low=1)
     show_peer_analyses: bool = key(False, "Show the peers' analyses before the fusion too.")
@@ -141,9 +139,9 @@ class RewardConfig:
     name: str = key("math", "`math`, `number`, `choice`, `code`, `task`, or `module:Class` of your own.")
     format_weight: float = key(0.1, "Reward for an answer in the asked form; 0: rewards of two values.", low=0)
     stage_reward: Literal["own", "final"] = key(
-        "own", "own: sharing gets its own answer's reward, later stages the fused answer's; final: all get the fused one's."
+        "own", "own: sharing gets its own answer's reward, later stages the fused one's; final: all get that."
     )
-    overlong_buffer: int = key(0, "Tokens before a turn's limit in which the reward falls, up to 1 less; 0: off.", low=0)
+    overlong_buffer: int = key(0, "Tokens before a turn's limit over which the reward falls by up to 1; 0: off.", low=0)
     time_limit: float = key(5.0, "Seconds a verifier may take for one answer.", low=0.1)
     workers: int = key(1, "Verifier processes.", low=1)
 
@@ -154,7 +152,9 @@ class CreditConfig:
 
     calibrate: Literal["reward", "advantage", "none"] = key("reward", "Where the peers' rewards enter.")
     calibrate_weight: float = key(1.0, "λ of `calibrate: advantage`.", low=0)
-    advantage: Literal["grpo", "dr_grpo", "rloo"] = key("grpo", "Normalization within a group; dr_grpo: no division by std.")
+    advantage: Literal["grpo", "dr_grpo", "rloo"] = key(
+        "grpo", "Normalization within a group; dr_grpo: no division by std."
+    )
     eps: float = key(1e-4, "Added to the standard deviation.", low=0)
     count_dropped: bool = key(True, "What is dropped still counts in the denominators; false: DAPO's convention.")
 
@@ -212,7 +212,7 @@ class LogConfig:
     tensorboard: bool = key(True, "Write TensorBoard events.")
     wandb: bool = key(False, "Log to Weights & Biases (its package must be installed).")
     trackio: bool = key(False, "Log to trackio (its package must be installed).")
-    logp_warning: float = key(0.5, "Warn where the trainer's and the engine's log-probs differ by more on average.", low=0)
+    logp_warning: float = key(0.5, "Warn where trainer's and engine's log-probs differ by more on average.", low=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,44 +249,8 @@ def turn_limit(rollout: RolloutConfig, stage: str) -> int:
     return rollout.max_tokens.get(stage, rollout.max_tokens["default"])
 
 
-def check(config: Config, where: str) -> None:
-    """Raises UserError for keys that contradict each other; `where` names the file."""
-
-    def refuse(condition: bool, what: str, path: str, remedy: str) -> None:
-        if condition:
-            raise UserError(what, f"{where}: {path}", remedy)
-
-    rollout, loss = config.rollout, config.loss
-    refuse(not config.agents, "no agents", "agents", "name at least one, each with its `model`")
-    for name, agent in config.agents.items():
-        refuse(not agent.model, "no model", f"agents.{name}.model", "give a folder or a name (`ilr-fast get-model` lists some)")
-        refuse(not name.replace("-", "_").replace(".", "_").isidentifier(), f"{name!r} can't name a folder",
-               f"agents.{name}", "use letters, digits, '-', '_' and '.'")
-    refuse(all(a.train == "none" for a in config.agents.values()) and bool(config.agents), "no agent is trained", "agents",
-           "set `train: full` or `train: lora` for at least one")
-    for part in ("train", "validation", "test"):
-        refuse(not getattr(config.data, part), "no questions", f"data.{part}",
-               "give a JSONL file, a Hub name or `task:NAME`")
-    refuse(rollout.top_p != 1, "top_p while training", "rollout.top_p", "leave it at 1: the log-probs trained on are the full distribution's")
-    refuse(rollout.top_k != 0, "top_k while training", "rollout.top_k", "leave it at 0: the log-probs trained on are the full distribution's")
-    refuse(rollout.samples < 2, "a group of one has advantage 0 everywhere", "rollout.samples", "use 2 or more (8 is usual)")
-    refuse(any(v < 1 for v in rollout.max_tokens.values()), "a turn of no tokens", "rollout.max_tokens", "use 1 or more")
-    refuse("default" not in rollout.max_tokens, "no limit for the other stages", "rollout.max_tokens.default", "add `default: N`")
-    refuse(loss.dual_clip is not None and loss.dual_clip <= 1 + loss.clip_high, "clip bounds crossed: dual_clip must lie above 1 + clip_high",
-           "loss.dual_clip", f"use more than {1 + loss.clip_high:g}, or null")
-    refuse(loss.objective == "cispo" and loss.dual_clip is not None, "dual_clip belongs to the ppo objective",
-           "loss.dual_clip", "remove it, or use objective: ppo")
-    refuse(loss.minibatches > rollout.questions, "more minibatches than questions", "loss.minibatches",
-           f"use at most rollout.questions = {rollout.questions}")
-    refuse(len(config.agents) == 1 and config.interaction not in ("none", "dynamic") and config.protocol == "single",
-           "an interaction for a single agent that talks to nobody", "interaction", "use `interaction: none`")
-    refuse(len(config.agents) < 2 and config.protocol in ("idea3", "debate"), f"{config.protocol} needs peers",
-           "protocol", "add an agent, or use `protocol: single`")
-    for mode in config.evaluate.modes:
-        refuse(mode not in ("single", "debate", "idea3"), f"unknown mode {mode!r}", "evaluate.modes", "use single, debate or idea3")
-
-
 def calibration_is_noop(config: Config) -> bool:
-    """Whether calibrated rewards give plain GRPO's advantages: two-valued rewards, divided by their std (ILR.md, 3)."""
-    two_valued = config.reward.format_weight == 0 and config.reward.overlong_buffer == 0 and ":" not in config.reward.name
-    return len(config.agents) > 1 and config.credit.calibrate == "reward" and config.credit.advantage == "grpo" and two_valued
+    """Whether calibrated rewards give plain GRPO's advantages: rewards of two values, divided by their std."""
+    reward, credit = config.reward, config.credit
+    two_valued = reward.format_weight == 0 and reward.overlong_buffer == 0 and ":" not in reward.name
+    return two_valued and len(config.agents) > 1 and credit.calibrate == "reward" and credit.advantage == "grpo"

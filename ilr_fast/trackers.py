@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,6 +41,7 @@ def check_installed(name: str) -> None:
 @contextmanager
 def open_trackers(folder: Path, config: Config, resume_step: int) -> Iterator[Sequence[Tracker]]:
     """The trackers that `config.log` asks for, closed at the end. UserError where a package is missing."""
+    wanted: dict[str, Callable[[Path, Config, int], Tracker]]
     wanted = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio}
     with ExitStack() as stack:
         trackers: list[Tracker] = []

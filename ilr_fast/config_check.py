@@ -1,0 +1,110 @@
+"""Contradictions between keys, which no single key can tell; found before anything is loaded.
+
+    check(config, "configs/mine.yaml")      # UserError: configs/mine.yaml: rollout.samples: a group of one …
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from ilr_fast.config import AgentConfig, Config, LossConfig, RolloutConfig, turn_limit
+from ilr_fast.errors import UserError
+
+PEER_PROTOCOLS = ("idea3", "debate")
+Finding = tuple[bool, str, str, str]  # whether it is wrong, what, the key's path, the remedy
+_FULL_DISTRIBUTION = "the log-probs trained on are those of the full distribution"
+
+
+def check(config: Config, where: str) -> None:
+    """Raises UserError for the first contradiction between keys; `where` names the file."""
+    for wrong, what, path, remedy in _findings(config):
+        if wrong:
+            raise UserError(what, f"{where}: {path}", remedy)
+
+
+def _findings(config: Config) -> Iterator[Finding]:
+    yield not config.agents, "no agents", "agents", "name at least one, each with its `model`"
+    for name, agent in config.agents.items():
+        yield from _agent(name, agent, config.rollout)
+    yield (
+        all(agent.train == "none" for agent in config.agents.values()),
+        "no agent is trained",
+        "agents",
+        "set `train: full` or `train: lora` for at least one",
+    )
+    for part in ("train", "validation", "test"):
+        remedy = "give a JSONL file, a Hub name or `task:NAME`"
+        yield not getattr(config.data, part), "no questions", f"data.{part}", remedy
+    yield from _rollout(config.rollout)
+    yield from _loss(config.loss, config.rollout)
+    yield from _peers(config)
+    few = config.evaluate.few_shot
+    yield any(k < 1 for k in few), "a few-shot prompt of no examples", "evaluate.few_shot", "use numbers of 1 or more"
+
+
+def _agent(name: str, agent: AgentConfig, rollout: RolloutConfig) -> Iterator[Finding]:
+    path = f"agents.{name}"
+    remedy = "use letters, digits, '-', '_' and '.', a letter or digit first"
+    yield not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name), f"{name!r} can't name a folder", path, remedy
+    # A checkpoint keeps the folder NAME.state and files of these endings beside the agents' folders.
+    yield name.endswith((".state", ".json")), f"{name!r} is a name of the checkpoint's own files", path, "rename it"
+    yield not agent.model, "no model", f"{path}.model", "give a folder or a name (`ilr-fast get-model` lists some)"
+    betas = (agent.optimizer.beta1, agent.optimizer.beta2)
+    yield max(betas) >= 1, "AdamW's averages never move", f"{path}.optimizer", "use beta1 and beta2 below 1"
+    limits = [turn_limit(rollout, stage) for stage in rollout.max_tokens if "default" in rollout.max_tokens]
+    context = agent.engine.max_context
+    yield (
+        context is not None and max(limits, default=0) >= context,
+        f"a turn of {max(limits, default=0)} tokens (rollout.max_tokens) does not fit",
+        f"{path}.engine.max_context",
+        "raise it, or lower rollout.max_tokens",
+    )
+
+
+def _rollout(rollout: RolloutConfig) -> Iterator[Finding]:
+    yield rollout.top_p != 1, "top-p while training", "rollout.top_p", f"leave it at 1: {_FULL_DISTRIBUTION}"
+    yield rollout.top_k != 0, "top-k while training", "rollout.top_k", f"leave it at 0: {_FULL_DISTRIBUTION}"
+    group = "a group of one has advantage 0 everywhere"
+    yield rollout.samples < 2, group, "rollout.samples", "use 2 or more (8 is usual)"
+    limits = rollout.max_tokens
+    yield any(v < 1 for v in limits.values()), "a turn of no tokens", "rollout.max_tokens", "use 1 or more"
+    yield "default" not in limits, "no limit for the other stages", "rollout.max_tokens", "add `default: N`"
+
+
+def _loss(loss: LossConfig, rollout: RolloutConfig) -> Iterator[Finding]:
+    upper = 1 + loss.clip_high
+    yield (
+        loss.dual_clip is not None and loss.dual_clip <= upper,
+        f"clip bounds crossed: dual_clip {loss.dual_clip} lies below 1 + clip_high = {upper:g}",
+        "loss.dual_clip",
+        f"use more than {upper:g}, or null",
+    )
+    yield (
+        loss.objective == "cispo" and loss.dual_clip is not None,
+        "dual_clip belongs to the ppo objective",
+        "loss.dual_clip",
+        "remove it, or use `objective: ppo`",
+    )
+    yield (
+        loss.minibatches > rollout.questions,
+        "more minibatches than questions",
+        "loss.minibatches",
+        f"use at most rollout.questions = {rollout.questions}",
+    )
+
+
+def _peers(config: Config) -> Iterator[Finding]:
+    alone, protocol = len(config.agents) == 1, config.protocol
+    yield alone and protocol in PEER_PROTOCOLS, f"{protocol} needs peers", "protocol", "add an agent, or use `single`"
+    # `dynamic` is the default, so a single agent's config need not turn it off.
+    yield (
+        alone and protocol == "single" and config.interaction not in ("none", "dynamic"),
+        "an interaction for a single agent that talks to nobody",
+        "interaction",
+        "use `interaction: none`",
+    )
+    for mode in config.evaluate.modes:
+        known = mode in ("single", *PEER_PROTOCOLS)
+        yield not known, f"unknown mode {mode!r}", "evaluate.modes", "use single, debate or idea3"
+        yield alone and mode != "single", f"{mode} needs peers", "evaluate.modes", "use single, or add an agent"
