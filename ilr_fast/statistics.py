@@ -1,4 +1,4 @@
-"""Intervals for accuracies and their differences, and rank correlation. Pure numpy, seeded, no scipy.
+"""Intervals for accuracies and their differences. Pure numpy, seeded, no scipy; rank correlation is in difficulty.py.
 
 - One answer a question: Wilson's score interval (Wilson 1927, J. Am. Stat. Assoc. 22), which stays inside 0 to 1 and
   does not shrink to nothing at 0 or n right answers.
@@ -112,18 +112,3 @@ def _bonett_price(differences_Q: Sequence[float]) -> Interval:
     center = only_first - only_second
     half = Z95 * sqrt((only_first + only_second - center**2) / (n + 2))
     return max(-1.0, center - half), min(1.0, center + half)
-
-
-def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Spearman's rank correlation, ties at their mean rank; None for under 2 pairs or a constant side."""
-    assert len(first) == len(second)
-    if len(first) < 2 or len(set(first)) == 1 or len(set(second)) == 1:
-        return None
-    return float(np.corrcoef(_ranks(first), _ranks(second))[0, 1])
-
-
-def _ranks(values: Sequence[float]) -> np.ndarray:
-    """Ranks from 0, equal values at the mean of theirs."""
-    _, inverse, counts = np.unique(np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    return (ends - (counts + 1) / 2)[inverse]

@@ -1,4 +1,4 @@
-"""Intervals against published values, hand-worked cases and their own coverage; rank correlation with ties."""
+"""Intervals against published values, hand-worked cases and their own coverage."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from ilr_fast.statistics import accuracy_interval, bootstrap_mean, paired_difference, spearman, wilson
+from ilr_fast.statistics import accuracy_interval, bootstrap_mean, paired_difference, wilson
 
 
 def by_question(answers):
@@ -95,10 +95,3 @@ def test_paired_bootstrap_for_several_answers():
     result = paired_difference(first, second, seed=1)
     assert result.difference == pytest.approx(1 / 6)
     assert result.beats and result.ci95[0] < 1 / 6 < result.ci95[1]
-
-
-def test_spearman_by_hand_and_with_ties():
-    assert spearman([1, 2, 3, 4], [10, 20, 30, 15]) == pytest.approx(0.4)  # 1 - 6·(0+1+1+4)/(4·15)
-    assert spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
-    assert spearman([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(3 / 10**0.5)  # ranks 0, 1.5, 1.5, 3 and 0, 1, 2, 3
-    assert spearman([1, 1], [1, 2]) is None and spearman([1], [2]) is None

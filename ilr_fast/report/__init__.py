@@ -1,0 +1,35 @@
+"""`ilr-fast report RUN …`: report.html, self-contained: curves, tables, dialogues; the tables in the terminal too.
+
+A run may be unfinished, hold a single agent, or have no evaluation yet. Several runs stand side by side: their curves
+on the same axes, their results in one table; the page is then written into the first run's folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from ilr_fast.durable import disk_errors, write_text
+from ilr_fast.report.compare import groups
+from ilr_fast.report.page import render_page
+from ilr_fast.report.runs import read_runs
+from ilr_fast.report.terminal import print_runs
+
+
+def report(runs: Sequence[Path], *, out: Path | None = None, console: Console | None = None) -> Path:
+    """Writes the page of one run or several and prints their tables. Returns the page's path.
+
+    `out`: the file to write; by default report.html in the (first) run's folder. `console`: where the tables go. Raises
+    UserError for a folder that is no run, the same run twice, and a place that can't be written.
+    """
+    read = read_runs(runs)
+    found = groups(read)
+    path = out or runs[0] / "report.html"
+    with disk_errors(path, "free some space, or give the page another place"):
+        write_text(path, render_page(read, found))
+    console = console or Console()
+    print_runs(console, read, found)
+    console.print(f"report: {path}", highlight=False, markup=False, soft_wrap=True)
+    return path

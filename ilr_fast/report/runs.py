@@ -1,0 +1,161 @@
+"""A run folder as the report reads it, whatever its state: unfinished, without an evaluation, cut off in mid-write.
+
+Only a folder that is no run at all is refused. Numbers that do not exist are None and stay None.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ilr_fast.errors import UserError
+from ilr_fast.transcripts import Transcript, read_steps, read_transcripts
+
+Row = Mapping[str, Any]
+STAGES = ("single", "answer", "sharing", "analysis", "fusion")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder holds."""
+
+    path: Path
+    name: str
+    config: Row
+    environment: Row
+    metrics: Sequence[Row]
+    results: Sequence[Row]
+    failures: Sequence[Row]
+
+    @property
+    def agents(self) -> list[str]:
+        """Agents in the config's order; those of the rows where the config is gone."""
+        named = list(self.config.get("agents") or {})
+        logged = [agent for row in self.metrics for agent in row.get("agents") or {}]
+        return list(dict.fromkeys(named + logged + [str(row["agent"]) for row in self.results]))
+
+    @property
+    def steps_planned(self) -> int | None:
+        return self.config.get("steps")
+
+    @property
+    def steps_done(self) -> int:
+        return max((int(row["step"]) for row in self.metrics), default=0)
+
+    @property
+    def stages(self) -> list[str]:
+        """The stages that were graded, in the order in which they are spoken."""
+        found = {s for row in self.metrics for a in (row.get("agents") or {}).values() for s in a.get("accuracy") or {}}
+        return sorted(found, key=lambda s: (STAGES.index(s) if s in STAGES else len(STAGES), s))
+
+    def column(self, agent: str, *keys: str) -> list[tuple[float, float | None]]:
+        """A number of one agent over the steps; None where it does not exist."""
+        return [(row["step"], dig(row, "agents", agent, *keys)) for row in self.metrics]
+
+    @cached_property
+    def transcripts(self) -> list[Transcript]:
+        """The dialogues of the newest steps (up to 8), newest first."""
+        return [t for step in reversed(read_steps(self.path)[-8:]) for t in read_transcripts(self.path, step)]
+
+    def outcomes(self, row: Row) -> dict[str, list[bool]]:
+        """Right or wrong by question for a results row, from the file that it names; {} where there is none."""
+        name = row.get("outcomes")
+        path = self.path / str(name)
+        if not name or not path.resolve().is_relative_to(self.path.resolve()):
+            return {}
+        return {str(r["question"]): [bool(c) for c in r["correct"]] for r in read_jsonl(path)
+                if r.get("agent") == row.get("agent") and isinstance(r.get("correct"), list)}
+
+
+def read_run(path: Path, name: str | None = None) -> Run:
+    """Reads a run folder. UserError where it is none."""
+    if not path.is_dir():
+        raise UserError("there is no such folder", str(path), "give a run folder (the key `run` of its config)")
+    if not any((path / f).exists() for f in ("config.yaml", "metrics.jsonl", "results.json")):
+        raise UserError("not a run folder: no config.yaml, metrics.jsonl or results.json in it", str(path),
+                        _runs_below(path) or "give the folder that `ilr-fast train` wrote")
+    by_step = {row["step"]: row for row in read_jsonl(path / "metrics.jsonl") if isinstance(row.get("step"), int)}
+    return Run(
+        path,
+        name or path.resolve().name,
+        _read_config(path / "config.yaml"),
+        _read_json(path / "environment.json", dict),
+        [by_step[step] for step in sorted(by_step)],
+        [row for row in _read_json(path / "results.json", list) if _is_result(row)],
+        list(read_jsonl(path / "failures.jsonl")),
+    )
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """Several runs, each under a name of its own (as much of the path as tells them apart)."""
+    resolved = [p.resolve() for p in paths]
+    if len(set(resolved)) < len(resolved):
+        raise UserError("the same run twice", ", ".join(map(str, paths)), "name each run once")
+    runs = []
+    for path in resolved:
+        parts = 1
+        while parts < len(path.parts) and any(
+            other != path and other.parts[-parts:] == path.parts[-parts:] for other in resolved
+        ):
+            parts += 1
+        runs.append(read_run(path, "/".join(path.parts[-parts:])))
+    return runs
+
+
+def read_jsonl(path: Path) -> Iterator[dict]:
+    """The objects of a JSONL file; lines that can't be read (cut off by a crash) are passed over."""
+    if not path.is_file():
+        return
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(row, dict):
+                yield row
+
+
+def dig(row: Any, *keys: str) -> float | None:
+    """A number inside nested mappings; None where a key, or the number, does not exist."""
+    for key in keys:
+        row = row.get(key) if isinstance(row, Mapping) else None
+    return float(row) if isinstance(row, (int, float)) and row == row and abs(row) != float("inf") else None
+
+
+def _is_result(row: Any) -> bool:
+    wanted = ("agent", "method", "benchmark", "mode", "n", "accuracy")
+    return isinstance(row, dict) and all(row.get(key) is not None for key in wanted)
+
+
+def _read_config(path: Path) -> Row:
+    if not path.is_file():
+        return {}
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError:
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
+def _read_json(path: Path, kind: type) -> Any:
+    if not path.is_file():
+        return kind()
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError:
+        return kind()
+    if kind is list and isinstance(value, dict):
+        value = value.get("rows", [])
+    return value if isinstance(value, kind) else kind()
+
+
+def _runs_below(path: Path) -> str:
+    found = sorted(p.parent.name for p in path.glob("*/config.yaml"))
+    return f"runs in it: {', '.join(found[:12])}" if found else ""

@@ -1,0 +1,103 @@
+"""A run's dialogues as read back from `dialogues/step_000001.jsonl`, for people: `ilr-fast show` and the report.
+
+One row of a file is one dialogue; by agent, its turns with what was appended, what the agent said, and what it earned.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Spoken:
+    """One turn. `message` was appended (the instruction, the peers' texts); `text` is the agent's own."""
+
+    stage: str
+    interaction: str
+    message: str
+    text: str
+    finish: str
+    tokens: int | None
+    answer: str | None
+    correct: bool | None
+    reward: float | None
+    calibrated: float | None
+    advantage: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Transcript:
+    """One dialogue of one question; `agents` in the run's order."""
+
+    step: int
+    question_id: str
+    question: str
+    expected: str
+    sample: int
+    protocol: str
+    agents: Mapping[str, Sequence[Spoken]]
+    error: str | None = None
+
+    def first(self, agent: str) -> Spoken | None:
+        """The agent's first turn: its own answer."""
+        return self.agents[agent][0] if self.agents.get(agent) else None
+
+    def last(self, agent: str) -> Spoken | None:
+        """The agent's last turn: its final answer."""
+        return self.agents[agent][-1] if self.agents.get(agent) else None
+
+
+def read_steps(run: Path) -> list[int]:
+    """The steps whose dialogues are on disk, in order."""
+    names = [re.fullmatch(r"step_(\d+)\.jsonl", p.name) for p in (run / "dialogues").glob("step_*.jsonl")]
+    return sorted(int(m.group(1)) for m in names if m)
+
+
+def read_transcripts(run: Path, step: int) -> list[Transcript]:
+    """The dialogues of one step; rows that can't be read (cut off by a crash) are passed over."""
+    return list(_transcripts(run / "dialogues" / f"step_{step:06d}.jsonl", step))
+
+
+def _transcripts(path: Path, step: int) -> Iterator[Transcript]:
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(row, dict) and isinstance(row.get("agents"), dict):
+                yield _transcript(row, step)
+
+
+def _transcript(row: Mapping[str, Any], step: int) -> Transcript:
+    return Transcript(
+        step=step,
+        question_id=str(row.get("question", "")),
+        question=str(row.get("text", "")),
+        expected=str(row.get("answer", "")),
+        sample=int(row.get("sample") or 0),
+        protocol=str(row.get("protocol", "")),
+        agents={str(name): [_spoken(t) for t in turns] for name, turns in row["agents"].items()},
+        error=row.get("error"),
+    )
+
+
+def _spoken(turn: Mapping[str, Any]) -> Spoken:
+    return Spoken(
+        stage=str(turn.get("stage", "")),
+        interaction=str(turn.get("interaction", "neutral")),
+        message=str(turn.get("message", "")),
+        text=str(turn.get("text", "")),
+        finish=str(turn.get("finish", "")),
+        tokens=turn.get("tokens"),
+        answer=turn.get("answer"),
+        correct=turn.get("correct"),
+        reward=turn.get("reward"),
+        calibrated=turn.get("calibrated"),
+        advantage=turn.get("advantage"),
+    )
