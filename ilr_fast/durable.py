@@ -19,6 +19,7 @@ from ilr_fast.errors import UserError
 
 TEMPORARY = ".unfinished-"  # prefix of files and folders that were not completed
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NOT_OURS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
 # Libraries that write through Rust or C++ lose errno; torch's archive writer only says that its position is off.
 _FULL_TEXTS = (*(f"os error {number}" for number in _FULL), "No space left", "file write failed", "unexpected pos")
 
@@ -133,7 +134,7 @@ def disk_errors(path: Path, remedy: str) -> Iterator[None]:
         if is_full(error):
             free = shutil.disk_usage(_existing(path)).free / 2**30
             raise UserError(f"the disk is full ({free:.2f} GiB are free there)", str(path), remedy) from error
-        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if isinstance(error, OSError) and error.errno in _NOT_OURS:
             raise UserError(f"can't be written ({error.strerror})", str(path), "choose a folder of yours") from error
         raise
 
