@@ -89,7 +89,8 @@ def _dialogue(step, q, sample, skill, lift, stages, draw, hostile):
 
     text = HOSTILE if hostile else f"Which number is the largest: {', '.join(map(str, numbers))}?"
     return {"question": f"largest-{step * 4 + q}", "text": text, "answer": expected, "sample": sample,
-            "protocol": "idea3", "error": None, "agents": {n: [turn(n, i, s) for i, s in enumerate(stages)] for n in skill}}  # fmt: skip
+            "protocol": "idea3", "error": None,
+            "agents": {n: [turn(n, i, s) for i, s in enumerate(stages)] for n in skill}}  # fmt: skip
 
 
 def _write_interaction(folder, agents, steps, draw):

@@ -178,18 +178,8 @@ def _turn(agent: str, turn: Spoken, colour: int) -> dict:
     verdict = "" if turn.correct is None else ("right" if turn.correct else "wrong")
     return {
         "agent": agent, "interaction": turn.interaction, "verdict": verdict, "colour": colour % 8,
-        "text": turn.text.strip() or "(nothing)", "message": turn.message, "numbers": turn_numbers(turn),
+        "text": turn.text.strip() or "(nothing)", "message": turn.message, "numbers": turn.numbers,
     }  # fmt: skip
-
-
-def turn_numbers(turn: Spoken) -> str:
-    """Reward → calibrated reward → advantage, the answer that was read, and how the turn ended."""
-    texts = [] if turn.answer is None else [f"answer {turn.answer}"]
-    for name, value in (("reward", turn.reward), ("calibrated", turn.calibrated), ("advantage", turn.advantage)):
-        texts.append(f"{name} {'–' if value is None else f'{value:.2f}'.replace('-', '−')}")
-    if turn.tokens is not None:
-        texts.append(f"{turn.tokens} tokens" + (", cut off" if turn.finish == "length" else ""))
-    return " · ".join(texts)
 
 
 def _failures(run: Run) -> dict | None:

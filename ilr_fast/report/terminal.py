@@ -41,8 +41,8 @@ def print_groups(console: Console, groups: Sequence[Group], *, with_run: bool = 
         for name in ("right", "95%"):
             table.add_column(name, justify="right", no_wrap=True)
         if compared:
-            table.add_column("against base", justify="right")
-            table.add_column("against best\nfew-shot base", justify="right")
+            table.add_column("against base", justify="right", no_wrap=True)
+            table.add_column("against best\nfew-shot base", justify="right", no_wrap=True)
         for line in group.lines:
             table.add_row(*_cells(line, with_run, compared, console.width < 110))
         console.print(table)
