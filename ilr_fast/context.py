@@ -7,6 +7,7 @@ three interactions.
 
 from __future__ import annotations
 
+import heapq
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,7 +53,7 @@ def check_context(
     for split, questions in splits.items():
         if not questions:
             continue
-        longest = max(questions, key=lambda q: len(chat.tokens(q.text)))
+        longest = _longest(questions, chat)
         asked = protocol if split == "train" else single
         tokens = longest_prompt_tokens(longest, asked, chat, config.rollout, examples, len(config.agents) - 1)
         if tokens >= limit:
@@ -74,6 +75,12 @@ def model_context(tokenizer: object) -> int | None:
             return positions
     limit = getattr(tokenizer, "model_max_length", None)
     return int(limit) if limit and limit < 10**9 else None
+
+
+def _longest(questions: Sequence[Question], chat: ChatFormat) -> Question:
+    """The question of the most tokens, among the 200 of the most bytes (counting all of a large set takes seconds)."""
+    candidates = heapq.nlargest(200, questions, key=lambda q: len(q.text.encode()))
+    return max(candidates, key=lambda q: len(chat.tokens(q.text)))
 
 
 def _prompt_tokens(

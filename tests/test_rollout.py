@@ -246,6 +246,25 @@ def test_longest_prompt_bounds_the_real_one():
             assert real <= longest_prompt_tokens(question, made, CHAT, SETTINGS, peers=2) <= 2 * real + 40
 
 
+def test_longest_prompt_counts_full_turns_before_it():
+    protocol = load_protocol("idea3", CONFIG)
+    longer = replace(SETTINGS, max_tokens={"default": 8 + 5, "analysis": 8 + 3, "fusion": 99})
+    grown, was = (longest_prompt_tokens(QUESTIONS[0], protocol, CHAT, s) for s in (longer, SETTINGS))
+    assert grown == was + 5 + 3  # the last turn itself is no prompt
+    plain = [len(CHAT.first([Message("user", f"{words} {QUESTIONS[0].text}")])) for words in ("As a team:", "To win:")]
+    assert longest_prompt_tokens(QUESTIONS[0], load_protocol("single", CONFIG), CHAT, SETTINGS) < max(plain)
+
+
+def test_only_training_questions_are_discussed():
+    protocol, single = load_protocol("idea3", CONFIG), load_protocol("single", CONFIG)
+    alone, discussed = (longest_prompt_tokens(QUESTIONS[0], p, CHAT, SETTINGS, peers=2) for p in (single, protocol))
+    config = replace(CONFIG, agents=dict.fromkeys("abc", AgentConfig(engine=EngineConfig(max_context=discussed))))
+    assert alone < discussed
+    check_context({"validation": QUESTIONS, "train": []}, protocol, CHAT, config, "a")
+    with pytest.raises(UserError, match=f"to {discussed} tokens"):
+        check_context({"train": QUESTIONS}, protocol, CHAT, config, "a")
+
+
 def test_check_context_names_the_question():
     protocol = load_protocol("idea3", CONFIG)
     splits = {"train": QUESTIONS, "validation": QUESTIONS, "test": []}
