@@ -70,18 +70,22 @@ def read_steps(run: Path) -> list[int]:
 
 def read_transcripts(run: Path, step: int) -> list[Transcript]:
     """The dialogues of one step; rows that can't be read (cut off by a crash) are passed over."""
-    return list(_transcripts(run / "dialogues" / f"step_{step:06d}.jsonl", step))
+    rows = read_jsonl(run / "dialogues" / f"step_{step:06d}.jsonl")
+    return [_transcript(row, step) for row in rows if isinstance(row.get("agents"), dict)]
 
 
-def _transcripts(path: Path, step: int) -> Iterator[Transcript]:
+def read_jsonl(path: Path) -> Iterator[dict]:
+    """The objects of a JSONL file; lines that can't be read (cut off by a crash) are passed over."""
+    if not path.is_file():
+        return
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            if isinstance(row, dict) and isinstance(row.get("agents"), dict):
-                yield _transcript(row, step)
+            if isinstance(row, dict):
+                yield row
 
 
 def _transcript(row: Mapping[str, Any], step: int) -> Transcript:

@@ -96,9 +96,9 @@ def _dialogue(step, q, sample, skill, lift, stages, draw, hostile):
 def _write_interaction(folder, agents, steps, draw):
     ids = [f"largest-{i}" for i in range(4, steps * 4 + 4)]
     (folder / "interaction.json").write_text(json.dumps({
-        "abilities": {name: draw.gauss(-0.4, 0.2) for name in agents},
-        "difficulties": {name: {q: draw.gauss(0, 1) for q in ids} for name in agents},
-        "unknown": {name: ids[:2] for name in agents}, "windows": {name: 60 for name in agents},
+        "abilities": [{"step": 0, "ability": {name: draw.gauss(-0.4, 0.2) for name in agents}}],
+        "difficulty": {name: {q: draw.gauss(0, 1) for q in ids} for name in agents},
+        "unknown_questions": {name: 2 for name in agents}, "windows": {name: 60 for name in agents},
         "invalid_windows": {name: 3 for name in agents}}))  # fmt: skip
 
 

@@ -1,9 +1,7 @@
 """What Dynamic Interaction did: who cooperated how often, and whether the agents' view of difficulty is true.
 
-Pass rates are those of first answers in the dialogues on disk; an agent's own, since D is its own view. The file
-`interaction.json` of a run, where there is one, holds
-{"abilities": {agent: γ}, "difficulties": {agent: {question id: D}}, "unknown": {agent: [question ids without a valid
-ranking]}, "windows": {agent: n}, "invalid_windows": {agent: n}, "template_rewrites": [agents]}.
+Pass rates are those of first answers in the dialogues on disk; an agent's own, since D is its own view. Ability and
+difficulty are those of the run's `interaction.json` (interaction.py), where there is one.
 """
 
 from __future__ import annotations
@@ -50,19 +48,17 @@ def _table(run: Run) -> dict[str, Any]:
 def _row(
     run: Run, agent: str, share: float | None, transcripts: Sequence[Transcript], facts: Mapping[str, Any]
 ) -> list[str]:
-    difficulties = facts.get("difficulties", {}).get(agent) or {}
-    rates = pass_rates(transcripts, agent)
-    unknown = facts.get("unknown", {}).get(agent)
-    known = {q: d for q, d in difficulties.items() if q not in set(unknown or ())}
+    difficulties = (facts.get("difficulty") or {}).get(agent) or {}
+    abilities = facts.get("abilities") or [{}]
     return [
         agent,
-        _signed(dig(facts, "abilities", agent)),
+        _signed(dig(abilities[-1], "ability", agent)),
         number(share, "percent"),
         _right_under(transcripts, agent, "cooperation"),
         _right_under(transcripts, agent, "competition"),
-        _signed(spearman(known, rates)),
+        _signed(spearman(difficulties, pass_rates(transcripts, agent))),
         number(len(difficulties), "count") if difficulties else "–",
-        "–" if unknown is None else f"{len(unknown)}",
+        number(dig(facts, "unknown_questions", agent)),
     ]
 
 

@@ -6,7 +6,7 @@ Only a folder that is no run at all is refused. Numbers that do not exist are No
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from ilr_fast.errors import UserError
-from ilr_fast.transcripts import Transcript, read_steps, read_transcripts
+from ilr_fast.transcripts import Transcript, read_jsonl, read_steps, read_transcripts
 
 Row = Mapping[str, Any]
 STAGES = ("single", "answer", "sharing", "analysis", "fusion")
@@ -106,20 +106,6 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
             parts += 1
         runs.append(read_run(path, "/".join(path.parts[-parts:])))
     return runs
-
-
-def read_jsonl(path: Path) -> Iterator[dict]:
-    """The objects of a JSONL file; lines that can't be read (cut off by a crash) are passed over."""
-    if not path.is_file():
-        return
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(row, dict):
-                yield row
 
 
 def dig(row: Any, *keys: str) -> float | None:
