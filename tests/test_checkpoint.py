@@ -157,6 +157,7 @@ def test_a_failing_save_leaves_what_was(tmp_path):
 EVERY_OPERATION = """
 import os, shutil, signal, sys
 from pathlib import Path
+from ilr_fast.checkpoint import _damage
 from test_checkpoint import put, whole
 
 OPERATIONS = {f"os.{name}" for name in ("rename", "remove", "rmdir", "mkdir", "symlink", "scandir")}
@@ -186,6 +187,7 @@ while True:
     status = os.waitpid(child_id, 0)[1]
     steps.append(whole(folder))
     assert steps[-1] in (2, 3), (fatal, steps)
+    assert not any(_damage(path) for path in folder.glob("step_*")), "what is visible is whole"
     put(folder, 4, 0.3, keep=1)
     assert whole(folder) == 4
     left = sorted(p.name for p in folder.iterdir())
