@@ -26,7 +26,7 @@ LAYERS = {
         weights memory""",
     "agents together": """hosts hosts.* team rollout context score ability difficulty ranking ranking_* checkpoint
         failures metrics trackers steplog progress results_table runfolder""",
-    "runs": """session heldout interaction evaluate evaluate_* benchmarks benchmarks.* train ablate finish show
+    "runs": """session heldout interaction alone evaluate evaluate_* benchmarks benchmarks.* train ablate finish show
         report report.* docs_config""",
     "commands": "cli",
 }
