@@ -1,0 +1,120 @@
+"""The variants of an ablation, skipping what is finished, and going on with what is not."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from made_up_runs import make_run
+from rich.console import Console
+
+from ilr_fast.ablate import ablate, variants
+from ilr_fast.config import AgentConfig, Config, CreditConfig, DataConfig, EvaluateConfig, RolloutConfig
+from ilr_fast.config_parse import dump
+from ilr_fast.errors import UserError
+from ilr_fast.runfolder import fingerprint
+
+NAMES = ["ilr", "ilr_di", "ilr_pc", "ilr_ratio_0", "ilr_ratio_0.5", "ilr_ratio_1", "grpo-smollm2", "grpo-gemma"]
+
+
+def config(tmp_path, **keys) -> Config:
+    agents = {name: AgentConfig(model=f"models/{name}") for name in ("smollm2", "gemma")}
+    data = DataConfig(train="task:largest", validation="task:largest", test="task:largest")
+    return Config(**{"run": str(tmp_path / "one"), "steps": 2, "agents": agents, "data": data,
+                     "evaluate": EvaluateConfig(few_shot=[4], modes=["single", "debate"]),
+                     "rollout": RolloutConfig(questions=4, samples=4), **keys})  # fmt: skip
+
+
+def trainer(asked, fails_at=None):
+    """Stands in for training: writes the run folder that it would leave, or breaks off after one step."""
+
+    def train(config, *, command):
+        asked.append(config)
+        folder = Path(config.run)
+        cut_off = folder.name == fails_at
+        made = make_run(folder.with_name(folder.name + ".new"), agents=tuple(config.agents), steps=1 if cut_off else 2,
+                        planned=2, method="grpo" if config.protocol == "single" else folder.name, questions=20,
+                        evaluated=not cut_off)  # fmt: skip
+        shutil.rmtree(folder, ignore_errors=True)
+        made.rename(folder)
+        (folder / "config.yaml").write_text(dump(config))
+        if cut_off:
+            raise KeyboardInterrupt
+        return folder
+
+    return train
+
+
+def test_variants_change_what_they_are_named_for(tmp_path):
+    base = config(tmp_path, credit=CreditConfig(calibrate="advantage"))
+    made = {v.name: v for v in variants(base)}
+    assert list(made) == NAMES
+    assert [v.method for v in made.values()] == [*NAMES[:6], "grpo", "grpo"]
+    keys = {name: (v.config.interaction, v.config.credit.calibrate, v.config.protocol) for name, v in made.items()}
+    assert keys["ilr"] == ("dynamic", "advantage", "idea3") and keys["ilr_di"] == ("dynamic", "none", "idea3")
+    assert keys["ilr_pc"] == ("none", "advantage", "idea3") and keys["grpo-gemma"] == ("none", "none", "single")
+    assert [made[f"ilr_ratio_{r}"].config.cooperation_ratio for r in ("0", "0.5", "1")] == [0, 0.5, 1]
+    assert {Path(v.config.run).parent for v in made.values()} == {tmp_path / "one-ablation"}
+    assert len({fingerprint(v.config) for v in made.values()}) == len(NAMES)
+
+
+def test_grpo_is_alone_with_as_many_turns_and_few_shot_is_measured_once(tmp_path):
+    made = {v.name: v.config for v in variants(config(tmp_path))}
+    grpo = made["grpo-gemma"]
+    assert list(grpo.agents) == ["gemma"] and grpo.rollout.samples == 3 * 4 and grpo.rollout.questions == 4
+    assert grpo.evaluate.modes == ["single"] and made["ilr"].evaluate.modes == ["single", "debate"]
+    assert [name for name, c in made.items() if c.evaluate.few_shot] == ["ilr"]
+    none = config(tmp_path, credit=CreditConfig(calibrate="none"))
+    assert {v.name: v.config.credit.calibrate for v in variants(none)}["ilr"] == "reward"
+
+
+def test_a_peer_that_only_talks_has_no_grpo_run(tmp_path):
+    agents = {"a": AgentConfig(model="m"), "b": AgentConfig(model="n", train="none")}
+    assert [v.name for v in variants(config(tmp_path, agents=agents))][6:] == ["grpo-a"]
+
+
+def test_runs_go_on_where_they_stopped_and_finished_ones_are_skipped(tmp_path):
+    asked: list[Config] = []
+    base = config(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        ablate(base, trainer(asked, fails_at="ilr_pc"), console=Console(file=io.StringIO()))
+    assert [Path(c.run).name for c in asked] == NAMES[:3]
+    asked.clear()
+    out = io.StringIO()
+    path = ablate(base, trainer(asked), command="ilr-fast ablate x", console=Console(file=out, width=150))
+    assert [Path(c.run).name for c in asked] == NAMES[2:]
+    assert "1 of 8: ilr, finished before" in out.getvalue()
+    assert path == tmp_path / "one-ablation" / "report.html" and "grpo-gemma" in path.read_text()
+    asked.clear()
+    ablate(base, trainer(asked), console=Console(file=io.StringIO()))
+    assert asked == []
+
+
+def test_more_steps_go_on_and_missing_results_are_not_finished(tmp_path):
+    base = config(tmp_path)
+    ablate(base, trainer([]), console=Console(file=io.StringIO()))
+    results = tmp_path / "one-ablation" / "ilr_di" / "results.json"
+    rows = [r for r in json.loads(results.read_text()) if (r["agent"], r["method"]) != ("gemma", "ilr_di")]
+    results.write_text(json.dumps(rows))
+    asked: list[Config] = []
+    ablate(base, trainer(asked), console=Console(file=io.StringIO()))
+    assert [Path(c.run).name for c in asked] == ["ilr_di"]
+    asked.clear()
+    ablate(replace(base, steps=3), trainer(asked), console=Console(file=io.StringIO()))
+    assert len(asked) == len(NAMES)
+
+
+def test_errors_come_before_any_training(tmp_path):
+    asked: list[Config] = []
+    base = config(tmp_path)
+    ablate(base, trainer([]), console=Console(file=io.StringIO()))
+    with pytest.raises(UserError, match="another config"):
+        ablate(replace(base, seed=7), trainer(asked), console=Console(file=io.StringIO()))
+    with pytest.raises(UserError, match="single agent"):
+        ablate(config(tmp_path, agents={"a": AgentConfig(model="m")}, protocol="single", interaction="none"),
+               trainer(asked))
+    assert asked == []
