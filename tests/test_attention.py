@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -143,6 +144,13 @@ def test_without_a_plan_the_model_is_an_ordinary_one() -> None:
         )
         again = model.generate(tokens, attention_mask=mask, max_new_tokens=6, do_sample=False)
         assert torch.equal(again, generated)
+
+
+def test_a_saved_model_names_no_attention_of_ours(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    prepare(model)
+    model.save_pretrained(tmp_path)
+    assert "ilr_packed" not in (tmp_path / "config.json").read_text()
 
 
 def test_peft_model_and_its_head() -> None:

@@ -189,7 +189,9 @@ def test_weights_changed_drops_the_cache_and_running_requests_go_on() -> None:
         assert engine.cache_bytes() == 0
         return [await r for r in requests]
 
-    assert asyncio.run(interrupted()) == pytest.approx(run(engine_for(model), prompts, [Sampling(12, seed=2)] * 2))
+    expected = run(engine_for(model), prompts, [Sampling(12, seed=2)] * 2)
+    for result, one in zip(asyncio.run(interrupted()), expected, strict=True):
+        assert result.tokens == one.tokens and result.logps == pytest.approx(one.logps, abs=2e-5)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,12 @@ move by about 1e-6 with the batch, and a token changes where its random number f
 1e-5 of the tokens); in bf16 more often. The same requests in the same order give the same bits: admission, slots
 and batches follow from the order alone, never from the clock.
 
+Why not transformers' own `generate_batch` (5.23)? It does run on the CPU and returns log-probs, but it has one seed for
+all requests, so a request's tokens depend on its company; no stop strings; prefixes are shared by whole pages only, and
+outlive an update of the weights; its manager is a thread of its own, so admission follows the clock; and for 64 samples
+of 12 tokens (SmolLM2's shape, CPU) it took 2.3 to 3 times as long as this engine, longer than plain `generate`
+(benchmarks/test_engine.py).
+
     engine = EmbeddedEngine(model, tokenizer, slots=64, stop_tokens=[tokenizer.eos_token_id])
     generation = await engine.generate(tokens, Sampling(max_tokens=24, seed=1))
 """
