@@ -18,7 +18,7 @@ class UserError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on (too many failures, a full disk): what has been computed is saved; exit status 1."""
+    """A run that cannot go on (too many failures): what has been computed is saved; exit status 1."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -75,14 +75,14 @@ def evaluate_agents(
     *,
     config: Config,
     benchmark: str,
-    method: str,
+    method: str | Mapping[str, str],
     modes: Sequence[str] = ("single",),
     samples: int = 1,
     temperature: float | None = None,
     examples: Sequence[Message] = (),
     example_count: int | None = None,
     seed: int = 0,
-    checkpoint: str | None = None,
+    checkpoint: str | None | Mapping[str, str | None] = None,
     progress: Phases | None = None,
 ) -> Evaluation:
     """Asks every question `samples` times in every mode.
@@ -93,20 +93,32 @@ def evaluate_agents(
         config: prompts, limits of turns and rounds of the debate; its rollout temperature is not used.
         temperature: where samples > 1; None: `config.evaluate.temperature`. One sample is greedy.
         examples: messages before the question; `example_count`: how many worked examples, for a few-shot base's row.
-        checkpoint: what was measured, for the row.
+        method, checkpoint: what was measured, for the rows; by agent where agents differ.
     Raises UserError for an unknown mode, no questions, or a mode that needs peers with a single agent.
     """
     _check(seats, questions, modes, benchmark)
     heat = 0.0 if samples == 1 else (config.evaluate.temperature if temperature is None else temperature)
-    facts = {"method": method, "benchmark": benchmark, "samples": samples, "seed": seed, "checkpoint": checkpoint,
-             "temperature": heat, "examples": example_count}  # fmt: skip
+    facts = {"benchmark": benchmark, "samples": samples, "seed": seed, "temperature": heat, "examples": example_count}
+    methods = method if isinstance(method, Mapping) else dict.fromkeys(seats, method)
+    checkpoints = checkpoint if isinstance(checkpoint, Mapping) else dict.fromkeys(seats, checkpoint)
+    named = ", ".join(dict.fromkeys(methods.values()))
     found = Evaluation([], {})
     for mode in modes:
         teams = [{name: seat} for name, seat in seats.items()] if mode == "single" else [seats]
         for team in teams:
-            dialogues = _ask(team, questions, mode, samples, heat, examples, config, seed, progress, facts)
+            jobs = [DialogueJob(question, sample, {}, seed) for question in questions for sample in range(samples)]
+            who = next(iter(team)) if mode == "single" else mode
+            with progress.phase(f"{named} on {benchmark}: {who}", len(jobs)) if progress else nullcontext() as advance:
+                dialogues = asyncio.run(
+                    run_dialogues(
+                        jobs, load_protocol(mode, config), team, config.rollout,
+                        examples=examples, temperature=heat, on_done=advance,
+                    )
+                )  # fmt: skip
             grades = _grade(dialogues, tuple(team), grader)
-            found += _summary(dialogues, grades, tuple(team), {**facts, "mode": mode})
+            for name in team:
+                about = {"method": methods[name], "checkpoint": checkpoints[name], "mode": mode, **facts}
+                found += _summary(dialogues, grades[name], name, about)
     return found
 
 
@@ -186,31 +198,6 @@ def _check(seats: Mapping[str, Seat], questions: Sequence[Question], modes: Sequ
         raise UserError("no questions", benchmark, "give a benchmark that has some")
 
 
-def _ask(
-    team: Mapping[str, Seat],
-    questions: Sequence[Question],
-    mode: str,
-    samples: int,
-    temperature: float,
-    examples: Sequence[Message],
-    config: Config,
-    seed: int,
-    progress: Phases | None,
-    facts: Mapping[str, Any],
-) -> list[Dialogue]:
-    """The dialogues, `samples` for each question, in the questions' order."""
-    jobs = [DialogueJob(question, sample, {}, seed) for question in questions for sample in range(samples)]
-    who = next(iter(team)) if mode == "single" else mode
-    name = f"{facts['method']} on {facts['benchmark']}: {who}"
-    with progress.phase(name, len(jobs)) if progress else nullcontext(None) as advance:
-        return asyncio.run(
-            run_dialogues(
-                jobs, load_protocol(mode, config), team, config.rollout,
-                examples=examples, temperature=temperature, on_done=advance,
-            )
-        )  # fmt: skip
-
-
 def _grade(dialogues: Sequence[Dialogue], names: Sequence[str], grader: Grader) -> dict[str, list[Grade]]:
     """By agent, the grade of its last answer in each dialogue; a dialogue that broke off is wrong."""
     whole = [(i, name) for name in names for i, d in enumerate(dialogues) if d.error is None]
@@ -223,17 +210,14 @@ def _grade(dialogues: Sequence[Dialogue], names: Sequence[str], grader: Grader) 
 
 
 def _summary(
-    dialogues: Sequence[Dialogue], grades: Mapping[str, Sequence[Grade]], names: Sequence[str], facts: Mapping[str, Any]
+    dialogues: Sequence[Dialogue], grades: Sequence[Grade], name: str, facts: Mapping[str, Any]
 ) -> Evaluation:
     examples = f"_{facts['examples']}" if facts["examples"] is not None else ""
     file = f"evaluations/{_slug(facts['method'])}{examples}_{_slug(facts['benchmark'])}_{facts['mode']}.jsonl"
-    rows, outcomes = [], []
-    for name in names:
-        mine = _outcomes(name, dialogues, grades[name])
-        outcomes += mine
-        rows.append({"agent": name, **facts, **_counts(mine, facts["seed"]),
-                     "failed": sum(grade.reward is None for grade in grades[name]), "outcomes": file})
-    return Evaluation(rows, {file: outcomes})
+    outcomes = _outcomes(name, dialogues, grades)
+    failed = sum(grade.reward is None for grade in grades)
+    row = {"agent": name, **facts, **_counts(outcomes, facts["seed"]), "failed": failed, "outcomes": file}
+    return Evaluation([row], {file: outcomes})
 
 
 def _outcomes(name: str, dialogues: Sequence[Dialogue], grades: Sequence[Grade]) -> list[dict[str, Any]]:

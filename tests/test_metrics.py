@@ -12,7 +12,6 @@ from ilr_fast.config import Config, LogConfig
 from ilr_fast.errors import UserError
 from ilr_fast.metrics import AGENT, PHASES, TOKENS, MetricsLog, Timer, check_trackers, complete, flatten, read_metrics
 from ilr_fast.progress import Progress, duration, step_line
-from ilr_fast.results_table import print_results
 
 QUIET = Config(log=LogConfig(tensorboard=False))
 
@@ -216,20 +215,3 @@ def test_lines_without_numbers_show_no_zeros():
     line = step_line({"step": 1, "agents": {"a": {"reward": None}}}, 3, None)
     assert line == "step 1/3  a: reward –"
     assert [duration(s) for s in (48, 700, 3 * 3600 + 300)] == ["48 s", "12 min", "3 h 05 min"]
-
-
-def test_results_table_shows_before_and_after_with_intervals():
-    def result(agent, method, accuracy, **more):
-        return {"agent": agent, "method": method, "benchmark": "largest", "mode": "single", "n": 300,
-                "accuracy": accuracy, "ci95": [accuracy - 0.05, accuracy + 0.05], **more}
-
-    rows = [result("gemma", "base", 0.3), result("gemma", "base_few_shot", 0.4, examples=4),
-            result("gemma", "ilr", 0.8), result("smollm2", "base", 0.37)]
-    out = io.StringIO()
-    print_results(rows, Console(file=out, width=80))
-    shown = out.getvalue()
-    assert "each agent alone on largest" in shown
-    for text in ("base, 4 examples", "after (ilr)", "80.0%", "75.0 to 85.0", "37.0%", "–", "300"):
-        assert text in shown
-    print_results([], Console(file=(nothing := io.StringIO())))
-    assert nothing.getvalue() == ""

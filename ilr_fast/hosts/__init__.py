@@ -30,6 +30,10 @@ class Host(Protocol):
         """
         ...
 
+    def reference_logps(self, sequences: Sequence[TrainingSequence]) -> list[tuple[float, ...]]:
+        """The frozen reference's log-probs of every token of every turn, one tuple a sequence."""
+        ...
+
     def save_model(self, folder: Path) -> None:
         """Writes weights and tokenizer so that `AutoModelForCausalLM.from_pretrained(folder)` (or peft) loads them."""
         ...

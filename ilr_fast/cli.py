@@ -1,0 +1,182 @@
+"""The command line: `ilr-fast COMMAND …`. Exit status 0 done, 1 the run failed, 2 the user's mistake, 130 interrupted.
+
+    ilr-fast train configs/cpu/quickstart.yaml
+    ilr-fast show runs/quickstart --step 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ilr_fast import __version__
+from ilr_fast.errors import RunError, UserError, nearest
+
+Command = Callable[[argparse.Namespace], None]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit status; a traceback only with `--debug`."""
+    # Tokenizers warn about threads whenever a verifier process is started beside them; we start those before.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+        return 0
+    except UserError as error:
+        return _fail(error, options.debug, 2)
+    except KeyboardInterrupt:
+        print("interrupted; what was done is saved, the same command goes on from there", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `ilr-fast show … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except RunError as error:
+        return _fail(error, options.debug, 1)
+    except Exception as error:
+        return _fail(error, options.debug, 1)
+
+
+def _fail(error: Exception, debug: bool, status: int) -> int:
+    if debug:
+        raise error
+    ours = isinstance(error, (UserError, RunError))
+    text = str(error) if ours else f"{type(error).__name__}: {error}\n  → --debug shows where"
+    print(f"ilr-fast: {text}", file=sys.stderr)
+    return status
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with our form of errors."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        if "invalid choice" in message and "choose from" in message and self.prog == "ilr-fast":
+            word = message.split("'")[1]
+            message = f"unknown command {word!r}; {nearest(word, COMMANDS)}"
+        print(f"ilr-fast: {message}\n  → {self.prog} --help lists what can be given", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="ilr-fast", description="Language models that learn by talking to one another.")
+    parser.add_argument("--version", action="version", version=f"ilr-fast {__version__}")
+    parser.set_defaults(debug=False)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    for name, (add, run, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        add(command)
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        command.set_defaults(command=run)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file (configs/ has some)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys that differ from the file")
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    parser.add_argument("--fresh", action="store_true", help="refuse an existing run folder instead of going on in it")
+
+
+def _train(options: argparse.Namespace) -> None:
+    from ilr_fast.config_parse import load_config
+    from ilr_fast.report import report
+    from ilr_fast.train import train
+
+    run = train(load_config(options.config, options.overrides), fresh=options.fresh, command=_command_line())
+    report([run])
+    print(f"next: ilr-fast show {run}        (what the agents said to one another)")
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("targets", nargs="+", metavar="RUN or MODEL", help="run folders or models")
+    parser.add_argument("--benchmarks", required=True, help="names, JSONL files or Hub names, separated by commas")
+    parser.add_argument("--mode", default="single", help="single, debate, idea3; several by commas")
+    parser.add_argument("--samples", type=int, default=1, help="answers for each question; 1 is greedy")
+    parser.add_argument("--limit", type=int, default=None, help="only the first so many questions")
+    parser.add_argument("--out", default=None, help="folder of results.json; default: the run's own")
+    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="config keys, as for train")
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from ilr_fast.evaluate_command import evaluate_command
+
+    evaluate_command(
+        options.targets,
+        benchmarks=_list(options.benchmarks),
+        modes=_list(options.mode),
+        samples=options.samples,
+        limit=options.limit,
+        out=options.out,
+        overrides=options.set,
+    )
+
+
+def _add_runs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from ilr_fast.report import report
+
+    report([Path(run) for run in options.runs])
+
+
+def _add_show(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run folder")
+    parser.add_argument("--step", type=int, default=None, help="the step; default: the newest")
+    parser.add_argument("--question", default=None, metavar="ID", help="only this question's dialogues")
+
+
+def _show(options: argparse.Namespace) -> None:
+    from ilr_fast.show import show
+
+    show(Path(options.run), step=options.step, question=options.question)
+
+
+def _ablate(options: argparse.Namespace) -> None:
+    from ilr_fast.ablate import ablate
+    from ilr_fast.config_parse import load_config
+    from ilr_fast.train import train
+
+    ablate(load_config(options.config, options.overrides), train, command=_command_line())
+
+
+def _add_get_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="smollm2-135m-instruct or gemma-3-270m")
+    parser.add_argument("folder", metavar="DIR", nargs="?", default=None, help="where to; default: the user's cache")
+
+
+def _get_model(options: argparse.Namespace) -> None:
+    from ilr_fast.models import get_model
+
+    print(get_model(options.name, Path(options.folder) if options.folder else None))
+
+
+def _list(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _command_line() -> str:
+    """The command as the user typed it, without the path of the script."""
+    return shlex.join(["ilr-fast", *sys.argv[1:]])
+
+
+COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Command, str]] = {
+    "train": (_add_train, _train, "train the agents of a config; goes on where its run stopped"),
+    "eval": (_add_eval, _eval, "accuracy of runs or models on benchmarks, with 95% intervals"),
+    "report": (_add_runs, _report, "write report.html for one run or several"),
+    "show": (_add_show, _show, "read a run's dialogues"),
+    "ablate": (_add_config, _ablate, "base, GRPO, ILR and its parts from one config"),
+    "get-model": (_add_get_model, _get_model, "a small real model as a Hugging Face folder"),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

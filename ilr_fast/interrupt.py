@@ -1,0 +1,53 @@
+"""Ctrl-C and SIGTERM: at once while nothing can be lost, after the critical section otherwise.
+
+    with Interrupt() as interrupt:
+        dialogues = generate()              # interrupted at once
+        with interrupt.held():              # all agents are updated, or none
+            update_all_agents(dialogues)
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Interrupt:
+    """Turns SIGINT and SIGTERM into KeyboardInterrupt, put off while `held()`; a second one is not put off."""
+
+    def __init__(self) -> None:
+        self._holding = False
+        self._pending = False
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> Interrupt:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._holding and not self._pending:
+            self._pending = True
+            return
+        raise KeyboardInterrupt
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Puts an interruption off until the block is done."""
+        assert not self._holding, "critical sections don't nest"
+        self._holding = True
+        try:
+            yield
+        finally:
+            self._holding = False
+        if self._pending:
+            self._pending = False
+            raise KeyboardInterrupt

@@ -1,0 +1,82 @@
+"""What stays the same over a run: config, questions, protocol, grader, agents, run folder.
+
+`prepare` does all that needs no model's weights and refuses bad input; `open_session` then loads the agents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from ilr_fast.chat import ChatFormat
+from ilr_fast.config import Config
+from ilr_fast.evaluate import few_shot_examples
+from ilr_fast.metrics import check_trackers
+from ilr_fast.progress import Progress
+from ilr_fast.protocols import DialogueProtocol, load_protocol
+from ilr_fast.protocols.templates import load_prompts
+from ilr_fast.rewards import Grader, make_grader
+from ilr_fast.rollout import check_context
+from ilr_fast.runfolder import RunFolder
+from ilr_fast.splits import load_splits
+from ilr_fast.team import Team, open_team, prepare_chats
+from ilr_fast.types import Message, Question
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A run that has been checked, before any weights are loaded."""
+
+    config: Config
+    splits: Mapping[str, Sequence[Question]]
+    chats: Mapping[str, ChatFormat]
+    protocol: DialogueProtocol
+    examples: Sequence[Message]
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A run with its agents loaded."""
+
+    ready: Ready
+    folder: RunFolder
+    team: Team
+    grader: Grader
+    progress: Progress
+
+    @property
+    def config(self) -> Config:
+        return self.ready.config
+
+
+def open_grader(config: Config) -> Grader:
+    """The grader of a config, with its verifier processes."""
+    reward = config.reward
+    return make_grader(
+        reward.name, format_weight=reward.format_weight, time_limit=reward.time_limit, workers=reward.workers
+    )
+
+
+def prepare(config: Config) -> Ready:
+    """Loads questions, templates and prompts, and checks that they fit together. Raises UserError."""
+    check_trackers(config.log)
+    splits = load_splits(config.data, config.seed)
+    protocol = load_protocol(config.protocol, config)
+    open_grader(config).close()
+    chats = prepare_chats(config)
+    prompts = load_prompts(config.prompts.file, config.reward.name)
+    examples = few_shot_examples(splits["train"], config.prompts.examples, config.seed, prompts)
+    for name, chat in chats.items():
+        check_context(splits, protocol, chat, config, name, examples)
+    return Ready(config, splits, chats, protocol, examples)
+
+
+@contextmanager
+def open_session(ready: Ready, folder: RunFolder, progress: Progress) -> Iterator[Session]:
+    """Loads the agents and starts the verifiers; closes both at the end."""
+    with ExitStack() as stack:
+        grader = open_grader(ready.config)
+        stack.callback(grader.close)
+        team = stack.enter_context(open_team(ready.config, ready.chats))
+        yield Session(ready, folder, team, grader, progress)

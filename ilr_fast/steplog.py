@@ -1,0 +1,83 @@
+"""One step's numbers → its row of metrics.jsonl. A number that does not exist is None, never 0."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from ilr_fast.types import Credited, StepResult
+
+AGENT_KEYS = ("loss", "entropy", "kl_reference", "logp_diff_mean", "logp_diff_max", "clip_share", "truncated_share",
+              "grad_norm", "lr")
+
+
+def metrics_row(
+    step: int,
+    credited: Sequence[Credited],
+    results: Mapping[str, StepResult],
+    stats_before: Mapping[str, Mapping[str, float]],
+    stats_after: Mapping[str, Mapping[str, float]],
+    failures: Sequence[Mapping],
+) -> dict:
+    """The row without `seconds` and validation; `stats_*` are the hosts' counters around the rollout."""
+    agents = {
+        name: _agent(name, credited, result, stats_before[name], stats_after[name]) for name, result in results.items()
+    }
+    grown = {key: sum(stats_after[n][key] - stats_before[n][key] for n in results)
+             for key in ("tokens_prompt", "tokens_generated", "tokens_reused")}
+    tokens = {
+        "prompt": int(grown["tokens_prompt"]),
+        "prompt_reused": int(grown["tokens_reused"]),
+        "generated": int(grown["tokens_generated"]),
+        "trained": sum(r.tokens_trained for r in results.values()),
+        "dropped": sum(r.tokens_dropped for r in results.values()),
+    }
+    return {"step": step, "tokens": tokens, "failures": len(failures), "agents": agents}
+
+
+def _agent(
+    name: str, credited: Sequence[Credited], result: StepResult, before: Mapping[str, float], after: Mapping[str, float]
+) -> dict:
+    groups = _groups(name, credited)
+    seconds = after["seconds_busy"] - before["seconds_busy"]
+    generated = after["tokens_generated"] - before["tokens_generated"]
+    turns = [turn for c in credited for turn in c.scored.dialogue.turns[name]]
+    return {
+        "accuracy": _accuracy(name, credited),
+        "reward": mean(r for c in credited for r in c.scored.rewards[name] if r is not None),
+        "calibrated_reward": mean(r for c in credited for r in c.calibrated[name] if r is not None),
+        "groups": len(groups),
+        "groups_dropped": sum(not any(advantages) for advantages in groups.values()),
+        "cooperation_share": mean(float(t.interaction == "cooperation") for t in turns if t.interaction != "neutral"),
+        "stopped_share": mean(float(t.generation.finish == "stop") for t in turns),
+        **{key: result.metrics.get(key) for key in AGENT_KEYS},
+        "skipped": result.skipped,
+        "memory_peak_gib": after.get("memory_peak_gib"),
+        "tokens_per_second": generated / seconds if seconds > 0 else None,
+        "validation_accuracy": None,
+    }
+
+
+def _groups(name: str, credited: Sequence[Credited]) -> dict[tuple[str, str], list[float]]:
+    """Advantages by (question, stage)."""
+    groups: dict[tuple[str, str], list[float]] = {}
+    for item in credited:
+        for turn, advantage in zip(item.scored.dialogue.turns[name], item.advantages[name], strict=True):
+            if advantage is not None:
+                groups.setdefault((item.scored.dialogue.question.id, turn.stage), []).append(advantage)
+    return groups
+
+
+def _accuracy(name: str, credited: Sequence[Credited]) -> dict[str, float | None]:
+    """Share of right answers by stage, over the turns that could be graded."""
+    by_stage: dict[str, list[float]] = {}
+    for item in credited:
+        for turn, grade in zip(item.scored.dialogue.turns[name], item.scored.grades[name], strict=True):
+            if grade.reward is not None:
+                by_stage.setdefault(turn.stage, []).append(float(grade.correct))
+    return {stage: mean(values) for stage, values in by_stage.items()}
+
+
+def mean(values: Iterable[float]) -> float | None:
+    """The mean, None of nothing."""
+    values = list(values)
+    return sum(values) / len(values) if values else None

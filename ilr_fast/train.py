@@ -1,0 +1,181 @@
+"""Training, which reads as the pipeline:
+
+    questions → dialogues → rewards → calibrated advantages → updates (batch → loss → step) → weights → log
+
+`train(config)` checks what needs no model, opens the run folder and the agents, measures the base models, runs the
+steps, and measures each agent alone again. A run that was cut off goes on from its newest good checkpoint: nothing
+random is kept between steps (every seed comes from the run's seed, the step, the question, the sample, the agent and the
+stage), so weights, optimizer and step number are all that it needs.
+
+    ilr-fast train configs/cpu/quickstart.yaml steps=4
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ilr_fast.checkpoint import newest_good, save
+from ilr_fast.config import Config, calibration_is_noop
+from ilr_fast.credit import credit, training_sequences
+from ilr_fast.data import QuestionStream
+from ilr_fast.errors import RunError
+from ilr_fast.failures import Failures, step_failures
+from ilr_fast.heldout import measure_after, measure_base, validate
+from ilr_fast.interaction import Interactions
+from ilr_fast.interrupt import Interrupt
+from ilr_fast.metrics import MetricsLog, Timer, complete
+from ilr_fast.progress import Progress
+from ilr_fast.rollout import DialogueJob, request_seed, run_dialogues
+from ilr_fast.runfolder import RunFolder
+from ilr_fast.score import penalise_divergence, score
+from ilr_fast.session import Session, open_session, prepare
+from ilr_fast.steplog import metrics_row
+from ilr_fast.types import Credited, Dialogue, Question, Scored, StepResult
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """A step's dialogues up to the advantages: nothing has been learned from them yet."""
+
+    dialogues: Sequence[Dialogue]
+    scored: Sequence[Scored]
+    credited: Sequence[Credited]
+
+
+def train(config: Config, *, fresh: bool = False, command: str = "ilr-fast train") -> Path:
+    """Trains and returns the run folder. UserError for the user's mistakes, RunError for a run that can't go on."""
+    ready = prepare(config)
+    with (
+        RunFolder.open(config, fresh=fresh, command=command) as folder,
+        Progress(config.steps) as progress,
+        Interrupt() as interrupt,
+        open_session(ready, folder, progress) as session,
+    ):
+        if calibration_is_noop(config):
+            progress.warn(
+                "rewards of two values, divided by their std: calibration changes nothing here; "
+                "set reward.format_weight above 0 or credit.calibrate to advantage (docs/calibration.md)"
+            )
+        start, last_row = _resume(session)
+        if start == 0:
+            measure_base(session)
+        interactions = Interactions.open(session, start)
+        with MetricsLog(folder.path, config, resume_step=start, last_row=last_row) as log:
+            _Steps(session, interactions, log, interrupt, start).run()
+        measure_after(session)
+    return folder.path
+
+
+def _resume(session: Session) -> tuple[int, Mapping[str, Any] | None]:
+    """Restores the newest good checkpoint; returns its step and its metrics row, (0, None) where there is none."""
+    folder = session.folder
+    checkpoint = newest_good(folder.checkpoints, folder.fingerprint)
+    if checkpoint is None:
+        folder.discard_after(0)
+        return 0, None
+    checkpoint.restore(session.team.hosts)
+    folder.discard_after(checkpoint.step)
+    session.progress.note(f"going on from step {checkpoint.step}")
+    return checkpoint.step, checkpoint.state.get("row")
+
+
+class _Steps:
+    """The steps of a run, and what must be saved when they are cut off."""
+
+    def __init__(self, session: Session, interactions: Interactions, log: MetricsLog, interrupt: Interrupt, start: int):
+        self.session, self.interactions, self.log, self.interrupt = session, interactions, log, interrupt
+        self.config = session.config
+        self.stream = QuestionStream(session.ready.splits["train"], self.config.seed)
+        self.failures = Failures(session.folder.path / "failures.jsonl", self.config.max_failed_share)
+        self.done = self.saved = start
+        self.row: dict[str, Any] = {}
+
+    def run(self) -> None:
+        """Runs to the last step. What is cut off leaves a checkpoint of the last whole step."""
+        try:
+            for step in range(self.done + 1, self.config.steps + 1):
+                self.step(step)
+        except (KeyboardInterrupt, RunError):
+            with self.interrupt.held():
+                self.checkpoint(score=None)
+            raise
+
+    def step(self, step: int) -> None:
+        """One rollout, one update of every agent, one row. All agents are updated, or none."""
+        session, timer = self.session, Timer()
+        self.interactions.refresh(step)
+        before = {name: host.stats() for name, host in session.team.hosts.items()}
+        questions_Q = self.stream.questions_at(step, self.config.rollout.questions)
+        rollout = roll_out(session, self.interactions, questions_Q, step, timer)
+        after = {name: host.stats() for name, host in session.team.hosts.items()}
+        with self.interrupt.held():
+            results = update(session, rollout.credited, step, timer)
+            self.done = step
+            failed = step_failures(step, rollout.dialogues, rollout.scored, results)
+            self.failures.add(failed)
+            session.folder.write_dialogues(step, rollout.credited)
+            self.row = metrics_row(step, rollout.credited, results, before, after, failed)
+        self.finish(step, timer)
+        self.failures.check(failed, len(rollout.dialogues))
+
+    def finish(self, step: int, timer: Timer) -> None:
+        """Validates and saves where they are due, and writes the row."""
+        due = step % self.config.checkpoint.every == 0 or step == self.config.steps
+        scores: Mapping[str, float] = {}
+        if step == self.config.steps or (self.config.evaluate.every and step % self.config.evaluate.every == 0):
+            with timer("evaluate"):
+                scores = validate(self.session, step)
+        for name, accuracy in scores.items():
+            self.row["agents"][name]["validation_accuracy"] = accuracy
+        with self.interrupt.held():
+            if due:
+                with timer("checkpoint"):
+                    self.checkpoint(sum(scores.values()) / len(scores) if scores else None)
+            self.row["seconds"] = timer.seconds()
+            self.log.write(self.row)
+            self.session.progress.step(self.row)
+
+    def checkpoint(self, score: float | None) -> None:
+        """Saves the last whole step, once."""
+        if self.done > self.saved:
+            state = {"fingerprint": self.session.folder.fingerprint, "row": complete(self.row)}
+            save(self.session.folder.checkpoints, self.done, self.session.team.hosts, state,
+                 keep=self.config.checkpoint.keep, score=score)
+            self.saved = self.done
+
+
+def roll_out(
+    session: Session, interactions: Interactions, questions_Q: Sequence[Question], step: int, timer: Timer
+) -> Rollout:
+    """Questions → dialogues → rewards → calibrated advantages."""
+    config, ready = session.config, session.ready
+    seed = request_seed(config.seed, "step", step)
+    jobs = [
+        DialogueJob(question, sample, interactions.of(question), seed)
+        for question in questions_Q
+        for sample in range(config.rollout.samples)
+    ]
+    with timer("generate"), session.progress.phase("dialogues", len(jobs)) as advance:
+        discussing = run_dialogues(
+            jobs, ready.protocol, session.team.seats, config.rollout, examples=ready.examples, on_done=advance
+        )
+        dialogues = asyncio.run(discussing)
+    with timer("reward"), session.progress.phase("rewards"):
+        scored = score(dialogues, session.grader, ready.protocol, config)
+        scored = penalise_divergence(scored, session.team.hosts, config.loss)
+        credited = credit(scored, session.team.names, config.credit)
+    return Rollout(dialogues, scored, credited)
+
+
+def update(session: Session, credited: Sequence[Credited], step: int, timer: Timer) -> dict[str, StepResult]:
+    """Every agent that learns takes its step on its own turns; its engine samples from the new weights at once."""
+    results = {}
+    for name, host in session.team.hosts.items():
+        with timer("train"), session.progress.phase(f"update {name}"):
+            sequences = training_sequences(credited, name)
+            results[name] = host.update(sequences, step) if host.trains else StepResult({}, 0, 0)
+    return results
