@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,14 +36,14 @@ class StepMeter:
         self._measured |= {key for key in ("kl", "truncated_share") if stats[key] is not None}
 
     def difference(self, logp_N: Tensor, behavior_logp_N: Tensor) -> None:
-        """The trainer's log-probs, under the weights that sampled, against the engine's; NaN rows were not computed."""
+        """The trainer's log-probs, under the weights that sampled, against the engine's."""
         self._differences.append((logp_N - behavior_logp_N).abs())
 
     def metrics(self) -> dict[str, float | None]:
         """Losses, norms and statistics are means over the updates; clip shares are of the tokens with an advantage."""
         found: dict[str, float | None] = dict.fromkeys(METRICS)
         if self._losses:
-            found["loss"] = float(torch.stack(self._losses).sum()) / len(self.outcomes)
+            found["loss"] = _number(torch.stack(self._losses).sum() / len(self.outcomes))
             means = mean_stats(self._sums)
             found["entropy"], found["clip_share"] = _number(means["entropy"]), _number(means["clip_share"])
             found["kl_reference"] = _number(means["kl"]) if "kl" in self._measured else None
@@ -51,9 +52,7 @@ class StepMeter:
             )
         if self._differences:
             difference = torch.cat(self._differences)
-            difference = difference[~difference.isnan()]
-            if len(difference):
-                found["logp_diff_mean"], found["logp_diff_max"] = float(difference.mean()), float(difference.max())
+            found["logp_diff_mean"], found["logp_diff_max"] = _number(difference.mean()), _number(difference.max())
         if self.outcomes:
             norms = [o.grad_norm for o in self.outcomes if not o.skipped]
             found["grad_norm"] = sum(norms) / len(norms) if norms else None
@@ -62,5 +61,6 @@ class StepMeter:
 
 
 def _number(value: Tensor) -> float | None:
+    """None where nothing was counted, or the model's own numbers are not finite."""
     number = float(value)
-    return None if number != number else number
+    return number if math.isfinite(number) else None
