@@ -1,5 +1,5 @@
-"""The two real small models against llama.cpp: tokens, and the greedy text that it computes from the same GGUF files with
-their weights dequantized to float32.
+"""The two real small models against llama.cpp: tokens, and the greedy text that it computes from the same GGUF files
+with their weights dequantized to float32.
 """
 
 from __future__ import annotations
