@@ -26,7 +26,7 @@ from ilr_fast.errors import UserError, nearest
 from ilr_fast.evaluate import MODES, Evaluation, evaluate_agents, few_shot_examples, record
 from ilr_fast.evaluate_targets import Target, has_data, read_targets, together
 from ilr_fast.protocols.templates import load_prompts
-from ilr_fast.results_table import print_results
+from ilr_fast.report.terminal import print_rows
 from ilr_fast.session import open_grader
 from ilr_fast.team import Team, open_team, prepare_chats
 from ilr_fast.types import Message, Question
@@ -84,7 +84,7 @@ def evaluate_command(
                     result = _measure(team, paper, seating, samples, progress)
                     _record(result, seating, out)
                     rows += _renamed(result, {name: shown for name, (_, _, shown) in seating.members.items()}).rows
-    print_results(rows, console)
+    print_rows(console, rows)
     _say_where(console, found, out)
     return rows
 

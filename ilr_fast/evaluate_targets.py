@@ -18,6 +18,7 @@ from ilr_fast.config_parse import load_config
 from ilr_fast.config_yaml import dump_yaml, read_yaml
 from ilr_fast.errors import UserError
 from ilr_fast.evaluate import method_of
+from ilr_fast.models import resolve_model
 
 NO_DATA = "none"  # stands where a run's config names its questions
 
@@ -105,6 +106,7 @@ def _model_agents(models: Sequence[str]) -> dict[str, str]:
     """A name for each model: the last part of its path; a second one of that name gets a number."""
     agents: dict[str, str] = {}
     for model in models:
+        resolve_model(model, f"RUN or MODEL {model}")
         name = Path(model).name or model
         number = 2
         while name in agents:

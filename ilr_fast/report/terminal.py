@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ilr_fast.report.compare import Group, Line
+from ilr_fast.report.compare import Group, Line, method_label
 from ilr_fast.report.page import difference_class, difference_text, group_title, interval_text, status
-from ilr_fast.report.runs import Run
+from ilr_fast.report.runs import Row, Run
 from ilr_fast.report.scales import number
 from ilr_fast.statistics import PairedDifference
 
@@ -46,6 +46,31 @@ def print_groups(console: Console, groups: Sequence[Group], *, with_run: bool = 
         for line in group.lines:
             table.add_row(*_cells(line, with_run, compared, console.width < 110))
         console.print(table)
+
+
+def print_rows(console: Console, rows: Sequence[Row]) -> None:
+    """Results rows as they are, one a line; columns that say the same of all rows stand in the title."""
+    columns: dict[str, list[str]] = {
+        "agent": [str(row["agent"]) for row in rows],
+        "method": [method_label(row) for row in rows],
+        "benchmark": [str(row["benchmark"]) for row in rows],
+        "mode": [str(row["mode"]) for row in rows],
+        "n": [f"{row['n']} × {row['samples']}" if row["samples"] > 1 else str(row["n"]) for row in rows],
+        "right": [number(row["accuracy"], "percent") for row in rows],
+        "95%": [interval_text(row["ci95"]) for row in rows],
+        "tokens": [number(row["tokens_mean"], "count") for row in rows],
+        "failed": [str(row["failed"]) if row.get("failed") else "" for row in rows],
+    }
+    shared = [name for name in ("method", "benchmark", "mode", "n") if len(set(columns[name])) == 1]
+    title = ", ".join(f"n = {columns[name][0]}" if name == "n" else columns[name][0] for name in shared)
+    table = Table(title=escape(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    shown = [name for name in columns if name not in shared and any(columns[name])]
+    for name in shown:
+        text = name in ("agent", "method", "benchmark", "mode")
+        table.add_column(name, justify="left" if text else "right", overflow="fold" if text else "ellipsis")
+    for cells in zip(*(columns[name] for name in shown), strict=True):
+        table.add_row(*map(escape, cells))
+    console.print(table)
 
 
 def _cells(line: Line, with_run: bool, compared: bool, narrow: bool) -> list[str]:
