@@ -247,8 +247,8 @@ def test_engine_against_transformers(model: transformers.PreTrainedModel) -> Non
     for name, load in LOADS.items():
         variants = ["embedded", "generate"] + (["generate_batch"] if name.startswith("sums") else [])
         rows += measure(model, name, load(), variants)
-    write_results(
-        f"engine_{'gpu' if DEVICE == 'cuda' else 'cpu'}",
-        rows,
-        f"OMP_NUM_THREADS={torch.get_num_threads()} pytest benchmarks/test_engine.py",
-    )
+        write_results(
+            f"engine_{'gpu' if DEVICE == 'cuda' else 'cpu'}",
+            rows,
+            f"OMP_NUM_THREADS={torch.get_num_threads()} pytest benchmarks/test_engine.py",
+        )
