@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from ilr_fast.chat import ChatFormat
 from ilr_fast.config import Config
+from ilr_fast.data import load_splits
 from ilr_fast.evaluate import few_shot_examples
 from ilr_fast.metrics import check_trackers
 from ilr_fast.progress import Progress
@@ -19,7 +20,6 @@ from ilr_fast.protocols.templates import load_prompts
 from ilr_fast.rewards import Grader, make_grader
 from ilr_fast.rollout import check_context
 from ilr_fast.runfolder import RunFolder
-from ilr_fast.splits import load_splits
 from ilr_fast.team import Team, open_team, prepare_chats
 from ilr_fast.types import Message, Question
 

@@ -4,8 +4,8 @@
 
 `train(config)` checks what needs no model, opens the run folder and the agents, measures the base models, runs the
 steps, and measures each agent alone again. A run that was cut off goes on from its newest good checkpoint: nothing
-random is kept between steps (every seed comes from the run's seed, the step, the question, the sample, the agent and the
-stage), so weights, optimizer and step number are all that it needs.
+random is kept between steps (every seed comes from the run's seed, the step, the question, the sample, the agent and
+the stage), so weights, optimizer and step number are all that it needs.
 
     ilr-fast train configs/cpu/quickstart.yaml steps=4
 """
@@ -128,7 +128,7 @@ class _Steps:
         scores: Mapping[str, float] = {}
         if step == self.config.steps or (self.config.evaluate.every and step % self.config.evaluate.every == 0):
             with timer("evaluate"):
-                scores = validate(self.session, step)
+                scores = validate(self.session)
         for name, accuracy in scores.items():
             self.row["agents"][name]["validation_accuracy"] = accuracy
         with self.interrupt.held():
