@@ -213,7 +213,8 @@ def _summary(
     dialogues: Sequence[Dialogue], grades: Sequence[Grade], name: str, facts: Mapping[str, Any]
 ) -> Evaluation:
     examples = f"_{facts['examples']}" if facts["examples"] is not None else ""
-    file = f"evaluations/{_slug(facts['method'])}{examples}_{_slug(facts['benchmark'])}_{facts['mode']}.jsonl"
+    times = f"_x{facts['samples']}" if facts["samples"] > 1 else ""
+    file = f"evaluations/{_slug(facts['method'])}{examples}_{_slug(facts['benchmark'])}_{facts['mode']}{times}.jsonl"
     outcomes = _outcomes(name, dialogues, grades)
     failed = sum(grade.reward is None for grade in grades)
     row = {"agent": name, **facts, **_counts(outcomes, facts["seed"]), "failed": failed, "outcomes": file}

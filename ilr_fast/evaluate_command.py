@@ -140,7 +140,8 @@ def _paper(name: str, config: Config, limit: int | None) -> Paper:
         examples = few_shot_examples(train, config.prompts.examples, config.seed, prompts)
     config = replace(config, reward=replace(config.reward, name=reward))
     open_grader(config).close()
-    return Paper(name, questions, examples, config)
+    label = name if limit is None else f"{name}[:{limit}]"  # so that it never stands for the whole
+    return Paper(label, questions, examples, config)
 
 
 def _measure(team: Team, paper: Paper, seating: Seating, samples: int, progress: Any) -> Evaluation:

@@ -43,11 +43,12 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The methods that one agent was measured with on one benchmark in one mode."""
+    """The methods that one agent was measured with on one benchmark in one mode, by `samples` answers a question."""
 
     agent: str
     benchmark: str
     mode: str
+    samples: int
     lines: Sequence[Line]
 
 
@@ -59,17 +60,22 @@ def method_label(row: Row) -> str:
 
 
 def groups(runs: Sequence[Run]) -> list[Group]:
-    """All results, one group for each (benchmark, mode, agent)."""
-    members: dict[tuple[str, str, str], list[tuple[Run, Row]]] = {}
+    """All results, one group for each benchmark, mode, number of answers and agent."""
+    members: dict[tuple[str, str, int, str], list[tuple[Run, Row]]] = {}
     for run in runs:
         for row in latest(run.results):
-            members.setdefault((str(row["benchmark"]), str(row["mode"]), str(row["agent"])), []).append((run, row))
-    return [Group(agent, benchmark, mode, _lines(rows)) for (benchmark, mode, agent), rows in members.items()]
+            key = str(row["benchmark"]), str(row["mode"]), int(row.get("samples") or 1), str(row["agent"])
+            members.setdefault(key, []).append((run, row))
+    return [
+        Group(agent, benchmark, mode, samples, _lines(rows))
+        for (benchmark, mode, samples, agent), rows in members.items()
+    ]
 
 
 def latest(rows: Sequence[Row]) -> list[Row]:
     """Rows that measure the same thing again replace the earlier ones."""
-    return list({(r["agent"], r["method"], r["benchmark"], r["mode"], r.get("examples")): r for r in rows}.values())
+    keys = ("agent", "method", "benchmark", "mode", "examples", "samples")
+    return list({tuple(row.get(key) for key in keys): row for row in rows}.values())
 
 
 def headline(groups: Sequence[Group]) -> list[tuple[Line, Line | None]]:

@@ -101,7 +101,8 @@ def difference_class(difference: PairedDifference | None) -> str:
 
 def group_title(group: Group) -> str:
     """Who was measured on what, how."""
-    return f"{group.agent} on {group.benchmark}, {'alone' if group.mode == 'single' else group.mode}"
+    samples = f", {group.samples} answers each" if group.samples > 1 else ""
+    return f"{group.agent} on {group.benchmark}, {'alone' if group.mode == 'single' else group.mode}{samples}"
 
 
 def _tiles(runs: Sequence[Run], groups: Sequence[Group]) -> list[dict]:
