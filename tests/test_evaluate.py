@@ -35,8 +35,8 @@ class Knower:
 
     max_context = 10_000
 
-    def __init__(self, knows, fails="no such text", lucky=None):
-        self.knows, self.fails, self.lucky, self.requests = knows, fails, lucky, []
+    def __init__(self, knows, fails="no such text", lucky=None, turns=1):
+        self.knows, self.fails, self.lucky, self.turns, self.requests = knows, fails, lucky, turns, []
 
     async def generate(self, tokens, sampling):
         self.requests.append(sampling)
@@ -44,7 +44,7 @@ class Knower:
         if self.fails in prompt:
             return Generation((), (), "error", "", "out of luck")
         n = int(prompt.rsplit("What is ", 1)[1].split()[0])
-        right = n < self.knows + prompt.count("+ 3?")
+        right = n < self.knows + prompt.count("+ 3?") and prompt.count("+ 7?") >= self.turns
         if self.lucky is not None:
             right = len(self.requests) % self.lucky == 0
         text = f" {n + 7 if right else 0}"
@@ -89,7 +89,7 @@ def test_several_samples_have_a_temperature_and_a_bootstrap_interval():
 
 @pytest.mark.parametrize("mode, turns", [("debate", 2), ("idea3", 3)])
 def test_together_the_last_answer_counts(mode, turns):
-    engines = {"a": Knower(3), "b": Knower(8)}
+    engines = {"a": Knower(3, turns=turns), "b": Knower(8, turns=turns)}
     found = measure(engines, modes=[mode])
     assert [(r["agent"], r["mode"], r["accuracy"]) for r in found.rows] == [("a", mode, 0.3), ("b", mode, 0.8)]
     assert len(engines["a"].requests) == 10 * turns

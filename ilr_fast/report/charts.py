@@ -21,7 +21,7 @@ WIDTH, HEIGHT = 380, 210
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 8, 26
 COLOURS = 8  # in style.css: --s0 to --s7
 DASHES = ("", "5 3", "1.5 3", "8 3 1.5 3")
-SMOOTH_FROM = 60  # points from which a running mean is drawn over the raw curve
+SMOOTH_FROM = 40  # points from which a running mean is drawn over the raw curve
 
 Point = tuple[float, float | None]
 

@@ -1,11 +1,12 @@
 """Which curves a report draws from metrics.jsonl, for one run or several on the same axes.
 
-An agent of a run keeps one colour throughout. Charts without a single number are left out.
+An agent of a run (a run, where there are many) keeps one colour throughout. Charts without a number are left out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from markupsafe import Markup
 
@@ -13,6 +14,7 @@ from ilr_fast.report.charts import Chart, Series, curves, stacked
 from ilr_fast.report.runs import Run, dig
 from ilr_fast.report.scales import Unit
 
+CURVES = 4  # at most so many in one chart, before each agent gets its own
 PHASES = ("generate", "reward", "train", "sync", "swap", "checkpoint", "evaluate", "other")
 # title, keys below the agent, unit, note
 AGENT_CHARTS: tuple[tuple[str, tuple[str, ...], Unit, str], ...] = (
@@ -29,24 +31,33 @@ AGENT_CHARTS: tuple[tuple[str, tuple[str, ...], Unit, str], ...] = (
 )
 
 
+def is_crowded(runs: Sequence[Run]) -> bool:
+    """Whether all agents of all runs are too many curves for one chart; each agent then has charts of its own."""
+    return len(runs) > 1 and sum(len(run.agents) for run in runs) > CURVES
+
+
 def colours(runs: Sequence[Run]) -> dict[tuple[str, str], int]:
-    """The palette's number for each (run, agent)."""
+    """The palette's number for each (run, agent); where charts are parted by agent, a run's."""
+    if is_crowded(runs):
+        return {(run.name, agent): i for i, run in enumerate(runs) for agent in run.agents}
     return {key: i for i, key in enumerate((run.name, agent) for run in runs for agent in run.agents)}
 
 
 def learning_charts(runs: Sequence[Run]) -> list[Markup]:
     """Accuracy: on validation questions, and in the dialogues by stage (one scale for all of them)."""
     stages = list(dict.fromkeys(stage for run in runs for stage in run.stages))
-    charts = [_chart(runs, "Validation accuracy", ("validation_accuracy",), "percent", "alone", sparse=True)]
-    charts += [_chart(runs, f"Accuracy: {s}", ("accuracy", s), "percent", "in dialogues, sampled") for s in stages]
+    charts = _charts(runs, "Validation accuracy", ("validation_accuracy",), "percent", "alone", sparse=True)
+    for stage in stages:
+        charts += _charts(runs, f"Accuracy: {stage}", ("accuracy", stage), "percent", "in dialogues, sampled")
     high = min(1.0, max((v for chart in charts for v in chart.values), default=1.0) * 1.08)
-    return _drawn([Chart(c.title, c.unit, c.series, c.note, low=0.0, high=max(high, 0.1)) for c in charts])
+    return _drawn([replace(chart, low=0.0, high=max(high, 0.1)) for chart in charts])
 
 
 def training_charts(runs: Sequence[Run]) -> list[Markup]:
     """Rewards, interaction, loss statistics, speed and memory."""
-    charts = [_chart(runs, *row) for row in AGENT_CHARTS]
-    return _drawn([*charts[:6], _logp_difference(runs), *charts[6:]])
+    charts = [chart for row in AGENT_CHARTS[:6] for chart in _charts(runs, *row)]
+    charts += _logp_differences(runs)
+    return _drawn(charts + [chart for row in AGENT_CHARTS[6:] for chart in _charts(runs, *row)])
 
 
 def time_charts(runs: Sequence[Run]) -> list[Markup]:
@@ -66,29 +77,39 @@ def series_label(runs: Sequence[Run], run: Run, agent: str) -> str:
     return f"{run.name} · {agent}" if len(runs) > 1 else agent
 
 
-def _chart(
+def _charts(
     runs: Sequence[Run], title: str, keys: tuple[str, ...], unit: Unit, note: str, *, sparse: bool = False
-) -> Chart:
-    palette = colours(runs)
-    series = []
-    for run in runs:
-        for agent in run.agents:
-            points = run.column(agent, *keys)
-            if keys == ("groups_dropped",):
-                points = [(x, y / n if y is not None and n else None)
-                          for (x, y), (_, n) in zip(points, run.column(agent, "groups"), strict=True)]
-            label = series_label(runs, run, agent)
-            series.append(Series(label, palette[run.name, agent], points, sparse=sparse))
-    return Chart(title, unit, series, note)
+) -> list[Chart]:
+    """One chart of all agents of all runs, or one for each agent where they are many."""
+    if not is_crowded(runs):
+        series = [_series(runs, run, agent, keys, sparse) for run in runs for agent in run.agents]
+        return [Chart(title, unit, series, note)]
+    agents = list(dict.fromkeys(agent for run in runs for agent in run.agents))
+    return [
+        Chart(f"{title} · {agent}", unit,
+              [_series(runs, run, agent, keys, sparse) for run in runs if agent in run.agents], note)
+        for agent in agents
+    ]  # fmt: skip
 
 
-def _logp_difference(runs: Sequence[Run]) -> Chart:
+def _series(runs: Sequence[Run], run: Run, agent: str, keys: tuple[str, ...], sparse: bool = False) -> Series:
+    points = run.column(agent, *keys)
+    if keys == ("groups_dropped",):
+        points = [(x, y / n if y is not None and n else None)
+                  for (x, y), (_, n) in zip(points, run.column(agent, "groups"), strict=True)]
+    label = run.name if is_crowded(runs) else series_label(runs, run, agent)
+    return Series(label, colours(runs)[run.name, agent], points, sparse=sparse)
+
+
+def _logp_differences(runs: Sequence[Run]) -> list[Chart]:
     """Mean (solid) and largest (dashed) difference between the trainer's log-probs and the engine's."""
-    mean = _chart(runs, "", ("logp_diff_mean",), "plain", "").series
-    largest = _chart(runs, "", ("logp_diff_max",), "plain", "").series
-    series = [Series(f"{s.label}, mean", s.colour, s.points) for s in mean]
-    series += [Series(f"{s.label}, max", s.colour, s.points, dash=1) for s in largest]
-    return Chart("Trainer's log-probs against the engine's", "plain", series, "", log=True)
+    means = _charts(runs, "Log-probs, trainer against engine", ("logp_diff_mean",), "plain", "")
+    largest = _charts(runs, "", ("logp_diff_max",), "plain", "")
+    return [
+        replace(mean, log=True, series=[replace(s, label=f"{s.label}, mean") for s in mean.series]
+                + [replace(s, label=f"{s.label}, max", dash=1) for s in high.series])
+        for mean, high in zip(means, largest, strict=True)
+    ]  # fmt: skip
 
 
 def _drawn(charts: Sequence[Chart]) -> list[Markup]:

@@ -25,6 +25,7 @@ from ilr_fast.report.scales import duration, number
 from ilr_fast.statistics import Interval, PairedDifference
 from ilr_fast.transcripts import Spoken
 
+MOST_TILES = 6  # with more, the table tells it better
 SECTIONS = ("results", "learning", "training", "interaction", "dialogues", "failures", "setup")
 
 
@@ -108,8 +109,9 @@ def group_title(group: Group) -> str:
 def _tiles(runs: Sequence[Run], groups: Sequence[Group]) -> list[dict]:
     palette = colours(runs)
     run_of = {run.name: run for run in runs}
+    lines = headline(groups)
     tiles = []
-    for line, base in headline(groups)[:12]:
+    for line, base in lines if len(lines) <= MOST_TILES else ():
         text = f"95% interval {interval_text(line.ci95)}, n = {line.n}"
         if line.to_base is not None:
             text = f"{difference_text(line.to_base)} points against base, n = {line.to_base.n}"
