@@ -238,3 +238,12 @@ def test_scales():
     assert log_ticks(2e-6, 5e-5) == [2e-6, 5e-6, 1e-5, 2e-5, 5e-5]
     assert (number(None), number(float("nan")), number(0.0, "percent")) == ("–", "–", "0.0%")
     assert (duration(581), duration(5400), duration(12.34)) == ("9 min 41 s", "1 h 30 min", "12.3 s")
+
+
+def test_many_runs_have_charts_by_agent_and_a_colour_a_run(tmp_path):
+    runs = [make_run(tmp_path / m, seed=i, method=m, steps=3, evaluated=False) for i, m in enumerate(("x", "y", "z"))]
+    page, _ = made(runs, out=tmp_path / "all.html")
+    assert "<b>Reward · smollm2</b>" in page and "<b>Reward · gemma</b>" in page and "<b>Reward</b>" not in page
+    data = [json.loads(html.unescape(d)) for d in re.findall(r'data-chart="([^"]*)"', page)]
+    by_agent = [d["series"] for d in data if [s["label"] for s in d["series"]] == ["x", "y", "z"]]
+    assert len(by_agent) > 10 and len({tuple(s["stroke"] for s in series) for series in by_agent}) == 1
