@@ -21,9 +21,8 @@ Command = Callable[[argparse.Namespace], None]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status; a traceback only with `--debug`."""
-    # Tokenizers warn about threads whenever a verifier process is started beside them; we start those before.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    options = _parser().parse_args(arguments)
+    _quiet_libraries()
+    options = _parse(arguments)
     try:
         options.command(options)
         return 0
@@ -39,6 +38,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, options.debug, 1)
     except Exception as error:
         return _fail(error, options.debug, 1)
+
+
+def _quiet_libraries() -> None:
+    """Our own display says what is being done; set TRANSFORMERS_VERBOSITY to hear the libraries too."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns of every verifier process
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options; key=value may stand after an option too, which argparse alone does not understand."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and not (hasattr(options, "overrides") and all("=" in word and word[0] != "-" for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
+    return options
 
 
 def _fail(error: Exception, debug: bool, status: int) -> int:

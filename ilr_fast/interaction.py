@@ -1,7 +1,8 @@
 """Dynamic Interaction over a run: measures ability and difficulty where the config asks for them, and keeps them.
 
 `interaction.json` in the run folder holds what was measured, with the step it was measured at, so that a run that goes
-on uses the same numbers; nothing is measured where `interaction` is not `dynamic`.
+on uses the same numbers; nothing is measured where `interaction` is not `dynamic`. It also names the agents whose
+template rewrites earlier turns.
 
     interactions = Interactions.open(session, start=0)
     interactions.of(question)          # {"gemma": "cooperation", "smollm2": "competition"}
@@ -39,13 +40,12 @@ class Interactions:
     @classmethod
     def open(cls, session: Session, start: int) -> Interactions:
         """Reads what was measured up to step `start`, or measures it now."""
-        if session.config.interaction != "dynamic" or session.ready.protocol.name == "single":
-            return cls(session, {})
         path = session.folder.path / "interaction.json"
-        found = _read(path) if path.exists() and start > 0 else None
-        if found is None:
-            found = {"abilities": [_measure_abilities(session, start)], **_measure_difficulties(session)}
-        found["abilities"] = [row for row in found["abilities"] if row["step"] <= start]
+        found: dict[str, Any] = {}
+        if session.config.interaction == "dynamic" and session.ready.protocol.name != "single":
+            found = _read(path) if path.exists() and start > 0 else {}
+            found = found or {"abilities": [_measure_abilities(session, start)], **_measure_difficulties(session)}
+            found["abilities"] = [row for row in found["abilities"] if row["step"] <= start]
         made = cls(session, found)
         made._keep()
         return made
@@ -59,7 +59,8 @@ class Interactions:
     def refresh(self, step: int) -> None:
         """Measures ability again where `ability.refresh_every` asks for it, before the dialogues of `step`."""
         every = self.session.config.ability.refresh_every
-        if self.found and every and step > 1 and (step - 1) % every == 0 and self._newest["step"] < step - 1:
+        due = every is not None and step > 1 and (step - 1) % every == 0
+        if self.found and due and self._newest["step"] < step - 1:
             self.found["abilities"].append(_measure_abilities(self.session, step - 1))
             self._chosen = {}
             self._keep()
@@ -79,11 +80,14 @@ class Interactions:
 
     def _keep(self) -> None:
         """Writes what was measured, and the shares of cooperation that follow from it."""
-        names = self.session.team.names
-        chosen = self._choose(list(self.found["difficulty"][names[0]]))
-        self.found["cooperation_share"] = {name: cooperation_share(chosen, name) for name in names}
+        team = self.session.team
+        rewriting = [name for name, seat in team.seats.items() if seat.chat.rewrites_earlier_turns()]
+        said: dict[str, Any] = {"template_rewrites": rewriting}
+        if self.found:
+            chosen = self._choose(list(self.found["difficulty"][team.names[0]]))
+            said["cooperation_share"] = {name: cooperation_share(chosen, name) for name in team.names}
         path = self.session.folder.path / "interaction.json"
-        write_text(path, json.dumps(self.found, indent=1, ensure_ascii=False) + "\n")
+        write_text(path, json.dumps({**self.found, **said}, indent=1, ensure_ascii=False) + "\n")
 
 
 def _read(path: Any) -> dict[str, Any]:

@@ -33,7 +33,8 @@ MAY_DIFFER = (
     "run", "steps", "threads", "max_failed_share", "checkpoint.*", "log.*", "evaluate.*", "reward.workers",
     "agents.*.device", "agents.*.engine.slots", "agents.*.micro_batch_tokens", "agents.*.gradient_checkpointing",
 )  # fmt: skip
-RESULT_KEY = ("agent", "method", "benchmark", "mode", "examples")  # `examples`: how many a few-shot base was shown
+# `examples`: how many a few-shot base was shown; `samples`: answers to each question.
+RESULT_KEY = ("agent", "method", "benchmark", "mode", "examples", "samples")
 _REMEDY_FULL = "free some space and run the same command again: it goes on from what is there"
 
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from ilr_fast.agent import Agent
 from ilr_fast.allocator import keep_freed_memory
@@ -93,6 +94,7 @@ def open_host(name: str, agent: AgentConfig, config: Config, chat: ChatFormat) -
 
 def _set_up_torch(config: Config) -> None:
     keep_freed_memory()
+    disable_progress_bar()  # transformers' bars would tear the display of the run
     if config.threads:
         torch.set_num_threads(config.threads)
     if config.deterministic:
