@@ -18,7 +18,7 @@ from typing import Any
 from ilr_fast.ability import ability, cooperation_share, interactions
 from ilr_fast.alone import answer_alone
 from ilr_fast.data import QuestionStream
-from ilr_fast.difficulty import Difficulty, from_levels, from_pass_rates, spearman
+from ilr_fast.difficulty import Difficulty, from_levels, from_pass_rates
 from ilr_fast.durable import write_text
 from ilr_fast.errors import UserError
 from ilr_fast.models import cache_folder
@@ -137,7 +137,6 @@ def _found(by_agent: Mapping[str, Difficulty], rates: Mapping[str, float] | None
         "invalid_windows": {name: d.invalid_windows for name, d in by_agent.items()},
         "windows": {name: d.windows for name, d in by_agent.items()},
         "pass_rate": rates,
-        "rank_correlation": {name: spearman(d.values, rates) if rates else None for name, d in by_agent.items()},
     }
 
 
