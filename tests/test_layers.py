@@ -20,8 +20,9 @@ HEAVY = {"torch", "transformers", "vllm", "peft", "triton"}
 # Names below ilr_fast, lowest layer first.
 LAYERS = {
     "words and records": "ilr_fast types errors quoting tokenpieces statistics interrupt allocator durable",
-    "what a run is made of": """ilr_kernels.* config config_* data benchmark_sets tasks tasks.* rewards rewards.* protocols protocols.*
-        chat prompts models model_folder convert convert_* hub rows environment dialogue_rows transcripts""",
+    "what a run is made of": """ilr_kernels.* config config_* data benchmark_sets tasks tasks.* rewards rewards.*
+        protocols protocols.* chat prompts models model_folder convert convert_* hub rows environment
+        dialogue_rows transcripts""",
     "one agent": """engines engines.* attention tree_plan agent batch credit gradients loading optimizer step_meter
         weights memory""",
     "agents together": """hosts hosts.* team rollout context score ability difficulty ranking ranking_* checkpoint
@@ -30,9 +31,9 @@ LAYERS = {
         report report.* docs_config""",
     "commands": "cli",
 }
-PURE = """types errors quoting statistics interrupt durable config config_* data benchmark_sets tasks tasks.* rewards rewards.*
-    protocols protocols.* chat hosts rollout context score ability difficulty ranking ranking_* checkpoint failures
-    metrics trackers steplog progress runfolder environment dialogue_rows transcripts report report.* show
+PURE = """types errors quoting statistics interrupt durable config config_* data benchmark_sets tasks tasks.* rewards
+    rewards.* protocols protocols.* chat hosts rollout context score ability difficulty ranking ranking_* checkpoint
+    failures metrics trackers steplog progress runfolder environment dialogue_rows transcripts report report.* show
     docs_config cli"""
 
 
