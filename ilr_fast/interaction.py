@@ -1,8 +1,8 @@
 """Dynamic Interaction over a run: measures ability and difficulty where the config asks for them, and keeps them.
 
 `interaction.json` in the run folder holds what was measured, with the step it was measured at, so that a run that goes
-on uses the same numbers; nothing is measured where `interaction` is not `dynamic`. It also names the agents whose
-template rewrites earlier turns.
+on uses the same numbers; nothing is measured where `interaction` is not `dynamic`. Where it goes on with more `steps`,
+only the questions that these add are measured. The file also names the agents whose template rewrites earlier turns.
 
     interactions = Interactions.open(session, start=0)
     interactions.of(question)          # {"gemma": "cooperation", "smollm2": "competition"}
@@ -44,8 +44,9 @@ class Interactions:
         found: dict[str, Any] = {}
         if session.config.interaction == "dynamic" and session.ready.protocol.name != "single":
             found = _read(path) if path.exists() and start > 0 else {}
-            found = found or {"abilities": [_measure_abilities(session, start)], **_measure_difficulties(session)}
+            found = found or {"abilities": [_measure_abilities(session, start)]}
             found["abilities"] = [row for row in found["abilities"] if row["step"] <= start]
+            found |= _difficulties(session, found)
         made = cls(session, found)
         made._keep()
         return made
@@ -113,31 +114,43 @@ def _measure_abilities(session: Session, step: int) -> dict[str, Any]:
     }
 
 
-def _measure_difficulties(session: Session) -> dict[str, Any]:
-    """D of every question that the run will ask, by agent, with what the report says about it."""
-    questions, config = _asked(session), session.config.difficulty
+def _difficulties(session: Session, found: Mapping[str, Any]) -> dict[str, Any]:
+    """D of every question that the run will ask, by agent, with what the report says about it; see `interaction.json`.
+
+    What `found` holds stays; the questions that it lacks are measured.
+    """
+    known = found.get("difficulty", {})
+    names = session.team.names
+    new = [question for question in _asked(session) if any(question.id not in known.get(name, {}) for name in names)]
+    if not new:
+        return {}
+    measured, rates = _measure_difficulties(session, new)
+    values = {name: {**known.get(name, {}), **d.values} for name, d in measured.items()}
+    all_rates = None if rates is None else {**(found.get("pass_rate") or {}), **rates}
+    counts = {"unknown_questions": lambda d: len(d.unknown), "invalid_windows": lambda d: d.invalid_windows,
+              "windows": lambda d: d.windows}  # fmt: skip
+    return {
+        "difficulty": values,
+        **{key: {name: found.get(key, {}).get(name, 0) + count(d) for name, d in measured.items()}
+           for key, count in counts.items()},
+        "pass_rate": all_rates,
+    }
+
+
+def _measure_difficulties(
+    session: Session, questions: Sequence[Question]
+) -> tuple[dict[str, Difficulty], dict[str, float] | None]:
+    """D by agent, and the pass rates where it comes from those."""
+    config, names = session.config.difficulty, session.team.names
     if config.estimator == "level":
-        return _found(dict.fromkeys(session.team.names, from_levels(questions, config.levels)), None)
+        return dict.fromkeys(names, from_levels(questions, config.levels)), None
     if config.estimator == "self_ranking":
-        return _found({name: _rank(session, name, questions) for name in session.team.names}, None)
+        return {name: _rank(session, name, questions) for name in names}, None
     heat = session.config.rollout.temperature
-    answers = {name: _answers(session, name, questions, config.samples, heat, "pass rates")
-               for name in session.team.names}
+    answers = {name: _answers(session, name, questions, config.samples, heat, "pass rates") for name in names}
     passes = {q.id: sum(g.correct for a in answers.values() for g in a[i]) for i, q in enumerate(questions)}
     rollouts = {q.id: sum(len(a[i]) for a in answers.values()) for i, q in enumerate(questions)}
-    difficulty = from_pass_rates(passes, rollouts)
-    rates = {q: passes[q] / rollouts[q] for q in passes}
-    return _found(dict.fromkeys(session.team.names, difficulty), rates)
-
-
-def _found(by_agent: Mapping[str, Difficulty], rates: Mapping[str, float] | None) -> dict[str, Any]:
-    return {
-        "difficulty": {name: dict(d.values) for name, d in by_agent.items()},
-        "unknown_questions": {name: len(d.unknown) for name, d in by_agent.items()},
-        "invalid_windows": {name: d.invalid_windows for name, d in by_agent.items()},
-        "windows": {name: d.windows for name, d in by_agent.items()},
-        "pass_rate": rates,
-    }
+    return dict.fromkeys(names, from_pass_rates(passes, rollouts)), {q: passes[q] / rollouts[q] for q in passes}
 
 
 def _asked(session: Session) -> list[Question]:

@@ -120,7 +120,7 @@ class _Steps:
             session.folder.write_dialogues(step, rollout.credited)
             self.row = metrics_row(step, rollout.credited, results, before, after, failed)
         self.finish(step, timer)
-        self.failures.check(failed, len(rollout.dialogues))
+        self.failures.check(failed, len(rollout.dialogues), step)
 
     def finish(self, step: int, timer: Timer) -> None:
         """Validates and saves where they are due, and writes the row."""
