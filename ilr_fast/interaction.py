@@ -126,14 +126,13 @@ def _difficulties(session: Session, found: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     measured, rates = _measure_difficulties(session, new)
     values = {name: {**known.get(name, {}), **d.values} for name, d in measured.items()}
-    all_rates = None if rates is None else {**(found.get("pass_rate") or {}), **rates}
     counts = {"unknown_questions": lambda d: len(d.unknown), "invalid_windows": lambda d: d.invalid_windows,
               "windows": lambda d: d.windows}  # fmt: skip
     return {
         "difficulty": values,
         **{key: {name: found.get(key, {}).get(name, 0) + count(d) for name, d in measured.items()}
            for key, count in counts.items()},
-        "pass_rate": all_rates,
+        "pass_rate": None if rates is None else {**(found.get("pass_rate") or {}), **rates},
     }
 
 
