@@ -84,7 +84,10 @@ class _Work:
         sum_B = e_BV.sum(1)
         self.logp_N[rows] = x_BV.gather(1, self.target_N[rows, None])[:, 0] - sum_B.log()
         if self.entropy_N is not None:
-            self.entropy_N[rows] = sum_B.log() - torch.linalg.vecdot(e_BV, x_BV) / sum_B
+            # A batch of dot products needs no [B, V] scratch of its own, which between small tensors that stay would
+            # leave holes: the heap then grows by a block at a time.
+            dot_B = torch.bmm(e_BV[:, None], x_BV[:, :, None])[:, 0, 0]
+            self.entropy_N[rows] = sum_B.log() - dot_B / sum_B
         dlogp_B, dentropy_B = self._derivatives(rows)
         if not self.with_gradient or dlogp_B is None:
             return
