@@ -47,9 +47,9 @@ def test_short_messages():
     assert protocol.message("sharing", view) == QUESTION.text
     assert protocol.message("sharing", replace(view, interaction="competition")) == f"To win: {QUESTION.text}"
     assert protocol.message("analysis", view) == f"Peer 1 said:\n> 20\n{QUESTION.text}"
-    assert protocol.message("fusion", view) == f"You said:\n> 19\n{QUESTION.text}"
+    assert protocol.message("fusion", view) == QUESTION.text
     shown = load_protocol("idea3", replace(SHORT, rollout=RolloutConfig(show_peer_analyses=True)))
-    assert shown.message("fusion", view) == f"Peer 1 said:\n> 21\nYou said:\n> 19\n{QUESTION.text}"
+    assert shown.message("fusion", view) == f"Peer 1 said:\n> 21\n{QUESTION.text}"
 
 
 @pytest.mark.parametrize("reward", ["math", "number", "choice", "code", "task", "my.module:Grader"])
