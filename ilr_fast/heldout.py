@@ -17,6 +17,7 @@ def measure_base(session: Session) -> None:
     wanted = {("base", None), *(("base_few_shot", count) for count in session.config.evaluate.few_shot)}
     if wanted <= _measured(session):
         return
+    session.team.forget()
     found = evaluate_base(
         session.team.seats, session.ready.splits["test"], session.grader,
         train_questions=session.ready.splits["train"], config=session.config, benchmark="test",
@@ -29,6 +30,7 @@ def measure_base(session: Session) -> None:
 def measure_after(session: Session) -> None:
     """The trained agents, each alone with the run's prompt (and in `evaluate.modes`)."""
     config, method = session.config, method_of(session.config)
+    session.team.forget()
     found = evaluate_agents(
         session.team.seats, session.ready.splits["test"], session.grader, config=config, benchmark="test",
         method=method, modes=config.evaluate.modes, samples=config.evaluate.samples, examples=session.ready.examples,
@@ -42,6 +44,7 @@ def validate(session: Session) -> dict[str, float]:
     config = session.config
     questions = list(session.ready.splits["validation"])[: config.evaluate.validation_limit]
     protocol = load_protocol("single", config)
+    session.team.forget()
     scores = {}
     for name in session.team.names:
         if session.team.hosts[name].trains:

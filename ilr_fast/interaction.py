@@ -104,6 +104,7 @@ def _read(path: Any) -> dict[str, Any]:
 def _measure_abilities(session: Session, step: int) -> dict[str, Any]:
     """γ of every agent, alone and greedy, from validation questions."""
     questions = list(session.ready.splits["validation"])[: session.config.ability.questions]
+    session.team.forget()
     right = {name: sum(grade.correct for (grade,) in _answers(session, name, questions, 1, 0.0, "ability"))
              for name in session.team.names}
     return {
@@ -140,6 +141,7 @@ def _measure_difficulties(
     session: Session, questions: Sequence[Question]
 ) -> tuple[dict[str, Difficulty], dict[str, float] | None]:
     """D by agent, and the pass rates where it comes from those."""
+    session.team.forget()
     config, names = session.config.difficulty, session.team.names
     if config.estimator == "level":
         return dict.fromkeys(names, from_levels(questions, config.levels)), None

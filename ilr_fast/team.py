@@ -29,6 +29,12 @@ class Team:
     def names(self) -> tuple[str, ...]:
         return tuple(self.hosts)
 
+    def forget(self) -> None:
+        """Empties the engines' caches. A cached prefix differs from one computed anew in its last bits, and a run that
+        goes on has none: called before everything that such a run may begin with."""
+        for host in self.hosts.values():
+            host.forget()
+
 
 def prepare_chats(config: Config) -> dict[str, ChatFormat]:
     """Each agent's chat format; UserError for a missing model or template, or one that rewrites turns and may not."""

@@ -153,6 +153,7 @@ def roll_out(
 ) -> Rollout:
     """Questions → dialogues → rewards → calibrated advantages."""
     config, ready = session.config, session.ready
+    session.team.forget()
     seed = request_seed(config.seed, "step", step)
     jobs = [
         DialogueJob(question, sample, interactions.of(question), seed)

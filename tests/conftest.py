@@ -1,4 +1,4 @@
-"""What every test takes for granted: SIGINT interrupts, also where the runner was started in the background with it off."""
+"""What every test takes for granted: SIGINT interrupts, also where the runner was started in the background."""
 
 import signal
 

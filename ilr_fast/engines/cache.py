@@ -120,8 +120,9 @@ class CachePlan:
         keys[self._slot_T, :, self.positions_T] = key[0].transpose(0, 1)
         values[self._slot_T, :, self.positions_T] = value[0].transpose(0, 1)
         for source, targets, length in self._copies:
-            keys[targets, :, :length] = keys[source, :, :length]
-            values[targets, :, :length] = values[source, :, :length]
+            # Cloned: torch refuses to write to a dense tensor (length = capacity) from a part of itself.
+            keys[targets, :, :length] = keys[source, :, :length].clone()
+            values[targets, :, :length] = values[source, :, :length].clone()
         query_THD = query[0].transpose(0, 1)
         out_THD = torch.empty_like(query_THD, memory_format=torch.contiguous_format)
         for number, part in enumerate(self._ranges):

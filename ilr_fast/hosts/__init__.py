@@ -46,6 +46,10 @@ class Host(Protocol):
         """Restores weights and state in place, bit for bit."""
         ...
 
+    def forget(self) -> None:
+        """Drops what the engine has cached: its next tokens then depend on nothing that it was asked before."""
+        ...
+
     def stats(self) -> dict[str, float]:
         """Counters since start: tokens_generated, tokens_prompt, tokens_reused, seconds_busy, steps; and
         `memory_peak_gib`, the peak since the last call."""

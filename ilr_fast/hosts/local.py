@@ -57,6 +57,10 @@ class LocalHost:
         self.engine.weights_changed()
         self.agent.load(model_folder, state_folder)
 
+    def forget(self) -> None:
+        """See Host."""
+        self.engine.weights_changed()
+
     def stats(self) -> dict[str, float]:
         """Counters since start. `memory_peak_gib` is the highest so far, of the device; on the CPU of the process."""
         counted = self.engine.stats()

@@ -1,0 +1,18 @@
+"""Prefixes that slots share, where they fill the cache to its last token."""
+
+import pytest
+import torch
+
+from ilr_fast.attention import AttentionSettings
+from ilr_fast.engines.cache import GROW_TOKENS, CachePlan, Copy, Piece, SlotCache
+
+
+@pytest.mark.parametrize("length", [GROW_TOKENS - 1, GROW_TOKENS, 2 * GROW_TOKENS])
+def test_a_shared_prefix_of_any_length_is_copied(length):
+    cache = SlotCache(max_slots=4)
+    plan = CachePlan(cache, [Piece(0, 0, length)], [Copy(0, (1, 3), length)], torch.device("cpu"))
+    query, key = torch.randn(1, 4, length, 8), torch.randn(1, 2, length, 8)
+    plan.attend(0, query, key, 2 * key, AttentionSettings(scale=0.3))
+    keys, values = cache.layer(0, key)
+    for slot in (0, 1, 3):
+        assert torch.equal(keys[slot, :, :length], key[0]) and torch.equal(values[slot, :, :length], 2 * key[0])
