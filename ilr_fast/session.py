@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from ilr_fast.chat import ChatFormat
 from ilr_fast.config import Config
 from ilr_fast.data import load_splits
+from ilr_fast.errors import UserError
 from ilr_fast.evaluate import few_shot_examples
 from ilr_fast.metrics import check_trackers
 from ilr_fast.progress import Progress
@@ -62,6 +63,10 @@ def prepare(config: Config) -> Ready:
     """Loads questions, templates and prompts, and checks that they fit together. Raises UserError."""
     check_trackers(config.log)
     splits = load_splits(config.data, config.seed)
+    if len(splits["train"]) < config.rollout.questions:
+        there, wanted = len(splits["train"]), config.rollout.questions
+        raise UserError(f"{there} training questions, fewer than the {wanted} of a step",
+                        "data.train, rollout.questions", "give more questions, or ask fewer in a step")
     protocol = load_protocol(config.protocol, config)
     open_grader(config).close()
     chats = prepare_chats(config)
