@@ -24,5 +24,5 @@ class RunError(RuntimeError):
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for a mistyped name: the nearest known ones, or the list of all where none is near."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
+    close = difflib.get_close_matches(name, known, n=2, cutoff=0.6) or [k for k in known if name and k.startswith(name)]
     return f"did you mean {' or '.join(repr(c) for c in close)}?" if close else f"known: {', '.join(known)}"

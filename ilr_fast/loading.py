@@ -27,10 +27,8 @@ def device_of(config: AgentConfig, where: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(config.device)
-    except RuntimeError as error:
-        raise UserError(
-            f"{config.device!r} is no device ({error})", f"{where}.device", "use auto, cpu, cuda or cuda:1"
-        ) from None
+    except RuntimeError:
+        raise UserError(f"{config.device!r} is no device", f"{where}.device", "use auto, cpu, cuda or cuda:1") from None
     there = torch.cuda.device_count() if device.type == "cuda" else 1
     if (device.index or 0) >= there:
         raise UserError(

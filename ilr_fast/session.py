@@ -71,6 +71,8 @@ def prepare(config: Config) -> Ready:
     open_grader(config).close()
     chats = prepare_chats(config)
     prompts = load_prompts(config.prompts.file, config.reward.name)
+    for count in config.evaluate.few_shot:
+        few_shot_examples(splits["train"], count, config.seed, prompts)
     examples = few_shot_examples(splits["train"], config.prompts.examples, config.seed, prompts)
     for name, chat in chats.items():
         check_context(splits, protocol, chat, config, name, examples)

@@ -20,13 +20,12 @@ import inspect
 import itertools
 import random
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from ilr_fast.errors import UserError, nearest
+from ilr_fast.own import load_own
 from ilr_fast.types import Question
 
 Task = Callable[..., Iterator[Question]]
@@ -104,7 +103,7 @@ def find_task(task: str, options: Mapping[str, Any]) -> Task:
     where, (name, _, rest) = f"task:{task}", task.partition(":")
     if name == "reasoning_gym":
         return _tried(functools.partial(reasoning_gym, rest, **options), where)
-    function = _imported(name, rest) if rest else _BUILT_IN.get(task)
+    function = load_own(task, where) if rest else _BUILT_IN.get(task)
     if not callable(function):
         known = [*_BUILT_IN, "reasoning_gym:NAME", "your_module:function"]
         raise UserError(f"no task is called {task!r}", where, nearest(task, known))
@@ -113,16 +112,6 @@ def find_task(task: str, options: Mapping[str, Any]) -> Task:
 
 
 _BUILT_IN: dict[str, Task] = {"largest": largest, "sums": sums}
-
-
-def _imported(module: str, function: str) -> Task | None:
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # the user's module stands beside the config
-    try:
-        return getattr(importlib.import_module(module), function, None)
-    except ImportError as error:
-        raise UserError(f"the module can't be imported ({error})", f"task:{module}:{function}",
-                        "run from the module's folder, or install it") from error  # fmt: skip
 
 
 def _check_names(function: Task, options: Mapping[str, Any], where: str) -> None:

@@ -37,12 +37,18 @@ class Team:
 
 
 def prepare_chats(config: Config) -> dict[str, ChatFormat]:
-    """Each agent's chat format; UserError for a missing model or template, or one that rewrites turns and may not."""
+    """Each agent's chat format.
+
+    UserError for a missing model, device or template, or a template that rewrites turns and may not.
+    """
     from transformers import AutoTokenizer
+
+    from ilr_fast.loading import device_of
 
     chats = {}
     for name, agent in config.agents.items():
-        folder = resolve_model(agent.model)
+        folder = resolve_model(agent.model, f"agents.{name}.model = {agent.model}")
+        device_of(agent, f"agents.{name}")
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError) as error:

@@ -19,7 +19,7 @@ HEAVY = {"torch", "transformers", "vllm", "peft", "triton"}
 
 # Names below ilr_fast, lowest layer first.
 LAYERS = {
-    "words and records": "ilr_fast types errors quoting tokenpieces statistics interrupt allocator durable",
+    "words and records": "ilr_fast types errors own quoting tokenpieces statistics interrupt allocator durable",
     "what a run is made of": """ilr_kernels.* config config_* data benchmark_sets tasks tasks.* rewards rewards.*
         protocols protocols.* chat prompts models model_folder convert convert_* hub rows environment
         dialogue_rows transcripts""",
@@ -31,8 +31,8 @@ LAYERS = {
         report report.* docs_config""",
     "commands": "cli",
 }
-PURE = """types errors quoting statistics interrupt durable config config_* data benchmark_sets tasks tasks.* rewards
-    rewards.* protocols protocols.* chat hosts rollout context score ability difficulty ranking ranking_* checkpoint
+PURE = """types errors own quoting statistics interrupt durable config config_* data benchmark_sets tasks tasks.*
+    rewards rewards.* protocols protocols.* chat hosts rollout context score ability difficulty ranking ranking_* checkpoint
     failures metrics trackers steplog progress runfolder environment dialogue_rows transcripts report report.* show
     docs_config cli"""
 

@@ -139,7 +139,7 @@ def test_unknown_names_and_options_are_the_users_mistake():
         make_grader("maths")
     with pytest.raises(UserError, match="'options'"):
         make_grader("choice", option=["yes"])
-    with pytest.raises(UserError, match="cannot import"):
+    with pytest.raises(UserError, match="can't import"):
         make_grader("no_such_module:Grader")
     with pytest.raises(UserError, match="'Question'"):
         make_grader("ilr_fast.types:Questions")

@@ -80,8 +80,8 @@ def test_a_test_set_of_more_than_a_quarter_is_refused():
         ("largest", {"numbers": 1}, "2 or more different numbers"),
         ("largest", {"low": "a"}, "options don't fit"),
         ("sums", {"low": 9, "high": 3}, "low = 9 lies above"),
-        ("no_such_module:task", {}, "can't be imported"),
-        ("math:no_such_function", {}, "no task is called"),
+        ("no_such_module:task", {}, "can't import"),
+        ("math:no_such_function", {}, "has no .no_such_function"),
     ],
 )
 def test_a_wrong_task_is_refused(task, options, message):
@@ -149,3 +149,11 @@ def test_reasoning_gym_missing(monkeypatch):
 def test_sub_seeds_fit_reasoning_gym():
     seeds = [tasks._sub_seed(seed, split) for seed in range(200) for split in ("train", "validation", "test")]
     assert len(set(seeds)) == 600 and all(0 <= seed < 2**31 for seed in seeds)
+
+
+def test_a_module_with_an_error_is_the_users_mistake(tmp_path, monkeypatch):
+    (tmp_path / "half_written.py").write_text("def doubles(seed):\n    return (\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(UserError, match="can't import 'half_written' \\(SyntaxError"):
+        splits("half_written:doubles", {"test": 5}, 0)

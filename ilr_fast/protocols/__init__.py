@@ -5,14 +5,11 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import os
-import sys
 from typing import Any
 
 from ilr_fast.config import Config
 from ilr_fast.errors import UserError, nearest
+from ilr_fast.own import load_own
 from ilr_fast.protocols.base import DialogueProtocol, View
 from ilr_fast.protocols.debate import Debate
 from ilr_fast.protocols.idea3 import Idea3
@@ -31,7 +28,7 @@ def load_protocol(name: str, config: Config) -> DialogueProtocol:
     if name not in PROTOCOLS and ":" not in name:
         remedy = f"{nearest(name, PROTOCOLS)}; or module:Class"
         raise UserError(f"there is no protocol called {name!r}", "protocol", remedy)
-    made: Any = PROTOCOLS[name] if name in PROTOCOLS else _own(name)
+    made: Any = PROTOCOLS[name] if name in PROTOCOLS else load_own(name, f"protocol = {name}")
     protocol = made(config)
     if not isinstance(protocol, DialogueProtocol) or not protocol.stages:
         raise UserError(f"{name!r} is no protocol", "protocol",
@@ -41,18 +38,3 @@ def load_protocol(name: str, config: Config) -> DialogueProtocol:
         if stage not in known:
             raise UserError(f"no stage is called {stage!r}", f"rollout.max_tokens.{stage}", nearest(stage, known))
     return protocol
-
-
-def _own(path: str) -> Any:
-    module_name, _, attribute = path.partition(":")
-    if os.getcwd() not in sys.path:  # a console script does not have the working folder on its path
-        sys.path.append(os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(f"can't import {module_name!r} ({error})", f"protocol = {path}",
-                        "check module:Class and the path") from None
-    if not hasattr(module, attribute):
-        names = [n for n, value in vars(module).items() if inspect.isclass(value)] or ["(no class)"]
-        raise UserError(f"{module_name!r} has no {attribute!r}", f"protocol = {path}", nearest(attribute, names))
-    return getattr(module, attribute)

@@ -64,12 +64,13 @@ def make_grader(
     import inspect
 
     from ilr_fast.errors import UserError, nearest
+    from ilr_fast.own import load_own
     from ilr_fast.rewards.base import Adapted
 
     if name not in GRADERS and ":" not in name:
         remedy = f"{nearest(name, GRADERS)}; or module:Class"
         raise UserError(f"there is no grader called {name!r}", "reward.name", remedy)
-    grader_class = _load(GRADERS.get(name, name))
+    grader_class = load_own(GRADERS.get(name, name), "reward.name")
     if not callable(getattr(grader_class, "grade", None)):
         raise UserError(f"{name!r} has no method grade(question, text)", "reward.name", "give a class that has it")
     common = {"format_weight": format_weight, "time_limit": time_limit, "workers": workers}
@@ -93,25 +94,3 @@ def overlong(tokens: int, limit: int, buffer: int) -> float:
     0.5
     """
     return min(1.0, max(0.0, (tokens - limit + buffer) / buffer)) if buffer > 0 else 0.0
-
-
-def _load(path: str) -> Any:
-    import importlib
-    import inspect
-    import os
-    import sys
-
-    from ilr_fast.errors import UserError, nearest
-
-    module_name, _, attribute = path.partition(":")
-    if os.getcwd() not in sys.path:  # where the user's file is; a console script's path does not have it
-        sys.path.append(os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        remedy = "give module:Class of an installed module, or of a file in this folder"
-        raise UserError(f"cannot import {module_name!r}: {error}", "reward.name", remedy) from error
-    if not hasattr(module, attribute):
-        names = [n for n, value in vars(module).items() if inspect.isclass(value)] or ["(no class)"]
-        raise UserError(f"{module_name!r} has no {attribute!r}", "reward.name", nearest(attribute, names))
-    return getattr(module, attribute)
