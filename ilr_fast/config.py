@@ -252,5 +252,7 @@ def turn_limit(rollout: RolloutConfig, stage: str) -> int:
 def calibration_is_noop(config: Config) -> bool:
     """Whether calibrated rewards give plain GRPO's advantages: rewards of two values, divided by their std."""
     reward, credit = config.reward, config.credit
-    two_valued = reward.format_weight == 0 and reward.overlong_buffer == 0 and ":" not in reward.name
+    graded = reward.name == "task" or ":" in reward.name  # a task's scorer may give part of a point
+    penalised = reward.overlong_buffer > 0 or (config.loss.kl == "k1" and config.loss.beta > 0)
+    two_valued = reward.format_weight == 0 and not graded and not penalised
     return two_valued and len(config.agents) > 1 and credit.calibrate == "reward" and credit.advantage == "grpo"

@@ -8,6 +8,7 @@ An override's key is a full path (`loss.beta=0.1`) or as much of its end as only
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import types
 import typing
@@ -132,7 +133,9 @@ def _full_path(name: str, tree: dict, where: str) -> str:
         return paths[0]
     if paths:
         raise UserError(f"{name!r} is the name of several keys", where, f"write one of: {', '.join(paths)}")
-    raise UserError(f"unknown key {name!r}", where, nearest(name, {path.rsplit(".", 1)[-1] for path in known}))
+    candidates = known if "." in name else {path.rsplit(".", 1)[-1] for path in known}
+    near = difflib.get_close_matches(name, candidates, n=2, cutoff=0.6)
+    raise UserError(f"unknown key {name!r}", where, nearest(name, near) if near else "docs/config.md lists all keys")
 
 
 def _parts(path: str, tree: dict) -> list[str]:

@@ -34,6 +34,13 @@ def metrics_row(
     return {"step": step, "tokens": tokens, "failures": len(failures), "agents": agents}
 
 
+def diverging(row: Mapping, limit: float) -> dict[str, float]:
+    """The agents whose mean |trainer's − engine's log-prob| of a token is over `limit` nats in a row, and by how much
+    they differ."""
+    found = {name: agent.get("logp_diff_mean") for name, agent in row["agents"].items()}
+    return {name: value for name, value in found.items() if value is not None and value > limit}
+
+
 def _agent(
     name: str, credited: Sequence[Credited], result: StepResult, before: Mapping[str, float], after: Mapping[str, float]
 ) -> dict:

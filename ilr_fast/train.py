@@ -33,7 +33,7 @@ from ilr_fast.rollout import DialogueJob, request_seed, run_dialogues
 from ilr_fast.runfolder import RunFolder
 from ilr_fast.score import penalise_divergence, score
 from ilr_fast.session import Session, open_session, prepare
-from ilr_fast.steplog import metrics_row
+from ilr_fast.steplog import diverging, metrics_row
 from ilr_fast.types import Credited, Dialogue, Question, Scored, StepResult
 
 
@@ -93,6 +93,7 @@ class _Steps:
         self.failures = Failures(session.folder.path / "failures.jsonl", self.config.max_failed_share)
         self.done = self.saved = start
         self.row: dict[str, Any] = {}
+        self.warned: set[str] = set()
 
     def run(self) -> None:
         """Runs to the last step. What is cut off leaves a checkpoint of the last whole step."""
@@ -119,8 +120,21 @@ class _Steps:
             self.failures.add(failed)
             session.folder.write_dialogues(step, rollout.credited)
             self.row = metrics_row(step, rollout.credited, results, before, after, failed)
+        self.warn()
         self.finish(step, timer)
         self.failures.check(failed, len(rollout.dialogues), step)
+
+    def warn(self) -> None:
+        """Says, once for each agent, that the trainer does not see the distribution that the engine sampled from."""
+        limit = self.config.log.logp_warning
+        for name, difference in diverging(self.row, limit).items():
+            if name not in self.warned:
+                self.warned.add(name)
+                self.session.progress.warn(
+                    f"{name}: log-probs of trainer and engine differ by {difference:.3g} on average in step "
+                    f"{self.row['step']}, more than log.logp_warning = {limit:g}; compare their precision, or correct "
+                    "for it with loss.importance"
+                )
 
     def finish(self, step: int, timer: Timer) -> None:
         """Validates and saves where they are due, and writes the row."""

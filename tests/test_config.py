@@ -231,5 +231,14 @@ def test_calibration_is_noop_only_on_rewards_of_two_values(write):
     path = write(GOOD)
     assert not calibration_is_noop(load_config(path))
     assert calibration_is_noop(load_config(path, ["format_weight=0"]))
-    for mended in ("calibrate=advantage", "advantage=dr_grpo", "overlong_buffer=4"):
-        assert not calibration_is_noop(load_config(path, ["format_weight=0", mended]))
+    assert calibration_is_noop(load_config(path, ["format_weight=0", "kl=k1"]))  # beta is 0
+    for mended in (["calibrate=advantage"], ["advantage=dr_grpo"], ["overlong_buffer=4"], ["kl=k1", "loss.beta=0.1"],
+                   ["reward.name=task"]):  # fmt: skip
+        assert not calibration_is_noop(load_config(path, ["format_weight=0", *mended]))
+
+
+def test_a_mistyped_section_gets_the_nearest_whole_path(write):
+    with pytest.raises(UserError, match="did you mean 'reward.name'"):
+        load_config(write(GOOD), ["rewrd.name=number"])
+    with pytest.raises(UserError, match="docs/config.md lists all keys"):
+        load_config(write(GOOD), ["qqqqqq=number"])

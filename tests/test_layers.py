@@ -32,9 +32,9 @@ LAYERS = {
     "commands": "cli",
 }
 PURE = """types errors own quoting statistics interrupt durable config config_* data benchmark_sets tasks tasks.*
-    rewards rewards.* protocols protocols.* chat hosts rollout context score ability difficulty ranking ranking_* checkpoint
-    failures metrics trackers steplog progress runfolder environment dialogue_rows transcripts report report.* show
-    docs_config cli"""
+    rewards rewards.* protocols protocols.* chat hosts rollout context score ability difficulty ranking ranking_*
+    checkpoint failures metrics trackers steplog progress runfolder environment dialogue_rows transcripts report
+    report.* show docs_config cli"""
 
 
 def short(module: str) -> str:
