@@ -196,3 +196,16 @@ def test_a_folder_of_other_things(tmp_path, models, told, no_weights):
     written(tmp_path / "run", "thesis.txt", "years of work")
     assert main(["train", str(write_config(tmp_path, models))]) == 2
     assert "thesis.txt" in told() and [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_a_truncated_checkpoint(tmp_path, models, told, capfd):
+    config = str(write_config(tmp_path, models, steps=1))
+    assert main(["train", config]) == 0
+    weights = tmp_path / "run" / "checkpoints" / "step_000001" / "ada" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
+    capfd.readouterr()
+    assert main(["train", config, "steps=2"]) == 2
+    message = told()
+    assert "no checkpoint can be read" in message and "model.safetensors" in message
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == metrics
