@@ -1,8 +1,12 @@
 """One training step of "64 samples of 12 tokens on sums", against the same step on padded batches, on the CPU.
 
-8 questions × 8 samples, prompts of 15 tokens of which 5 are common to all questions, every sample with an advantage;
-forward, loss, backward, clipping and AdamW, in float32. Weights and sampled tokens are random: speed does not depend on
-their values, except that real samples share more prefixes. Peers, both in plain transformers and torch:
+8 questions × 8 samples; forward, loss, backward, clipping and AdamW, in float32. Two loads:
+
+- `sampled`: SmolLM2-135M's own samples for "Question: What is 17 + 26?"; groups of equal rewards are dropped by all;
+- `random`: random weights and samples, every sample with an advantage, nothing shared but the prompts (of 15 tokens, 5
+  common to all questions): the most that such a step can cost.
+
+Peers, both in plain transformers and torch:
 
     padded           as it is mostly written: logits of the whole batch, log_softmax, AdamW as it comes
     padded, careful  logits of the sampled tokens only, fused AdamW
@@ -15,7 +19,9 @@ Variants run interleaved in one process; before any time is taken their gradient
 
 from __future__ import annotations
 
+import asyncio
 import random
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -32,7 +38,10 @@ from common import row, write_results
 from ilr_fast.agent import Agent
 from ilr_fast.allocator import keep_freed_memory
 from ilr_fast.config import AgentConfig, Config, OptimizerConfig
-from ilr_fast.types import TrainingSequence, TrainingTurn
+from ilr_fast.engines.embedded import EmbeddedEngine
+from ilr_fast.errors import UserError
+from ilr_fast.models import get_model
+from ilr_fast.types import Generation, Sampling, TrainingSequence, TrainingTurn
 
 REPEATS = 5
 PROMPT, SAMPLED = 15, 12
@@ -69,6 +78,28 @@ def samples(vocabulary: int) -> list[TrainingSequence]:
     return sequences
 
 
+def sampled(folder: Path) -> list[TrainingSequence]:
+    """What the model itself says to sums of two-digit numbers, with plain GRPO's advantages."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    engine, draw, sequences = EmbeddedEngine(model, tokenizer), random.Random(0), []
+
+    async def ask(prompt: list[int], question: int) -> list[Generation]:
+        wanted = [Sampling(SAMPLED, seed=8 * question + sample) for sample in range(8)]
+        return list(await asyncio.gather(*(engine.generate(prompt, sampling) for sampling in wanted)))
+
+    for question in range(8):
+        a, b = draw.randrange(10, 50), draw.randrange(10, 50)
+        prompt = tokenizer.encode(f"Question: What is {a} + {b}?\nAnswer:")
+        generations = asyncio.run(ask(prompt, question))
+        right = torch.tensor([float(str(a + b) in re.findall(r"\d+", g.text)) for g in generations])
+        advantages = ((right - right.mean()) / (right.std() + 1e-4)).tolist()
+        for sample, (g, advantage) in enumerate(zip(generations, advantages, strict=True)):
+            turn = TrainingTurn(len(prompt), len(prompt) + SAMPLED, advantage, g.logps)
+            sequences.append(TrainingSequence(f"q{question}", sample, (*prompt, *g.tokens), (turn,)))
+    return sequences
+
+
 class Padded:
     """GRPO on one padded batch."""
 
@@ -78,14 +109,15 @@ class Padded:
         self.adamw = torch.optim.AdamW(self.model.parameters(), lr=LR, weight_decay=0.0, fused=careful or None)
 
     def step(self, sequences: list[TrainingSequence]) -> float:
-        ids_ST = torch.tensor([s.tokens for s in sequences])
-        advantage_S1 = torch.tensor([[s.turns[0].advantage] for s in sequences])
+        live = [s for s in sequences if s.turns[0].advantage]
+        ids_ST, sampled_ST = torch.tensor([s.tokens for s in live]), torch.tensor([s.tokens[-SAMPLED:] for s in live])
+        advantage_S1 = torch.tensor([[s.turns[0].advantage] for s in live])
         keep = SAMPLED + 1 if self.careful else 0
         logits = self.model(ids_ST, attention_mask=torch.ones_like(ids_ST), logits_to_keep=keep).logits[
             :, -SAMPLED - 1 : -1
         ]
-        logp_ST = logits.log_softmax(-1).gather(-1, ids_ST[:, PROMPT:, None])[..., 0]
-        loss = -(torch.exp(logp_ST - logp_ST.detach()) * advantage_S1).mean()
+        logp_ST = logits.log_softmax(-1).gather(-1, sampled_ST[..., None])[..., 0]
+        loss = -(torch.exp(logp_ST - logp_ST.detach()) * advantage_S1).sum() / (len(sequences) * SAMPLED)
         self.adamw.zero_grad()
         loss.backward()
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0))
@@ -126,8 +158,7 @@ def products_seconds(model: torch.nn.Module, tokens: int, trained: int) -> float
     return min(times)
 
 
-def measure(name: str, folder: Path, careless: bool) -> list[dict]:
-    sequences = samples(SHAPES[name]().vocab_size)
+def measure(name: str, folder: Path, load: str, sequences: list[TrainingSequence], careless: bool) -> list[dict]:
     ours, careful = Ours(folder), Padded(folder, True)
     variants: dict[str, Callable[[list[TrainingSequence]], float]] = {
         "ilr-fast": ours.step,
@@ -146,11 +177,11 @@ def measure(name: str, folder: Path, careless: bool) -> list[dict]:
             seconds[variant].append(time.perf_counter() - start)
     (batch,) = ours.agent._pack(sequences).batches
     limit = products_seconds(careful.model, len(batch.tokens_T), len(batch.rows_N))
-    shape = f"{name} float32, 8 questions x 8 samples x {SAMPLED} tokens"
+    shape = f"{name} float32, 8 questions x 8 samples x {SAMPLED} tokens, {load}: {len(batch.rows_N)} trained"
     rows = []
     for variant, times in seconds.items():
         rows.append(row(variant, shape, times, error=error if variant == "ilr-fast" else None, limit_seconds=limit))
-        print(f"{name:14} {variant:16} {sorted(times)[REPEATS // 2]:6.2f} s (products {limit:.2f} s)")
+        print(f"{name:14} {load:8} {variant:16} {sorted(times)[REPEATS // 2]:6.2f} s (products {limit:.2f} s)")
     return rows
 
 
@@ -158,7 +189,14 @@ def test_train_step_against_padded_batches(tmp_path_factory: pytest.TempPathFact
     transformers.logging.set_verbosity_error()
     keep_freed_memory()
     rows = []
+    try:
+        folder = get_model("smollm2-135m-instruct")
+        rows += measure("SmolLM2-135M", folder, "sampled", sampled(folder), careless=True)
+    except UserError as error:  # its package is not installed
+        print(f"without the load `sampled`: {error}")
     for name in SHAPES:
         folder = save(tmp_path_factory.mktemp("models"), name)
-        rows += measure(name, folder, careless=name == "SmolLM2-135M")  # padded logits of Gemma take 7 GiB
+        sequences = samples(SHAPES[name]().vocab_size)
+        # Gemma's logits of the whole padded batch would take 7 GiB.
+        rows += measure(name, folder, "random", sequences, careless=name == "SmolLM2-135M")
     write_results("train_step_cpu", rows, "pytest benchmarks/test_train_step.py")
