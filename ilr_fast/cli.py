@@ -99,15 +99,22 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 def _add_train(parser: argparse.ArgumentParser) -> None:
     _add_config(parser)
     parser.add_argument("--fresh", action="store_true", help="refuse an existing run folder instead of going on in it")
+    parser.add_argument("--merge", action="store_true", help="write adapters as full models too, in RUN/merged")
 
 
 def _train(options: argparse.Namespace) -> None:
     from ilr_fast.config_parse import load_config
+    from ilr_fast.merge import check_merge, merge_adapters
     from ilr_fast.report import report
     from ilr_fast.train import train
 
-    run = train(load_config(options.config, options.overrides), fresh=options.fresh, command=_command_line())
+    config = load_config(options.config, options.overrides)
+    if options.merge:
+        check_merge(config)
+    run = train(config, fresh=options.fresh, command=_command_line())
     report([run])
+    for folder in merge_adapters(run) if options.merge else ():
+        print(f"merged: {folder}")
     print(f"next: ilr-fast show {run}        (what the agents said to one another)")
 
 

@@ -27,8 +27,8 @@ LAYERS = {
         weights memory""",
     "agents together": """hosts hosts.* team rollout context score ability difficulty ranking ranking_* checkpoint
         failures metrics trackers steplog progress runfolder""",
-    "runs": """session heldout interaction alone evaluate evaluate_* benchmarks benchmarks.* train ablate finish show
-        report report.* docs_config""",
+    "runs": """session heldout interaction alone evaluate evaluate_* benchmarks benchmarks.* train ablate merge finish
+        show report report.* docs_config""",
     "commands": "cli",
 }
 PURE = """types errors own quoting statistics interrupt durable config config_* data benchmark_sets tasks tasks.*
