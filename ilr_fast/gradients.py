@@ -35,7 +35,6 @@ class GradientSinks:
         if self._scale is not None:
             weight: Any = embedding.weight
             self.buffers.setdefault(weight, torch.zeros_like(weight, dtype=torch.float32))
-        self._tied = self._head is not None and self._head is embedding.weight
 
     @property
     def head(self) -> Tensor | None:
@@ -43,6 +42,7 @@ class GradientSinks:
         return None if self._head is None else self.buffers[self._head]
 
     def clear(self) -> None:
+        """Sets every buffer to 0."""
         for buffer in self.buffers.values():
             buffer.zero_()
 

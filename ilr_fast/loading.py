@@ -38,6 +38,7 @@ def device_of(config: AgentConfig, where: str) -> torch.device:
 
 
 def dtype_of(config: AgentConfig, device: torch.device) -> torch.dtype:
+    """The precision of the weights: the config's, or by device where it says `auto`."""
     if config.dtype == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     return getattr(torch, config.dtype)

@@ -48,6 +48,7 @@ class Session:
 
     @property
     def config(self) -> Config:
+        """The run's config."""
         return self.ready.config
 
 

@@ -27,6 +27,7 @@ class Team:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The agents' names, in the config's order."""
         return tuple(self.hosts)
 
     def forget(self) -> None:
