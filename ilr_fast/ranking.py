@@ -106,9 +106,9 @@ async def self_ranking(
     async def rank(number: int, ids: tuple[str, ...]) -> Sequence[str] | None:
         if number in known:
             return known[number]
-        ranking = await _ask([by_id[i] for i in ids], number, seat, prompts, config, seed)
+        ranking, answered = await _ask([by_id[i] for i in ids], number, seat, prompts, config, seed)
         known[number] = ranking
-        if cache:
+        if cache and answered:  # an engine that failed may answer the next time
             cache.append(number, ids, ranking)
         if on_done:
             on_done(len(known))
@@ -120,19 +120,22 @@ async def self_ranking(
 
 async def _ask(
     questions: Sequence[Question], number: int, seat: Seat, prompts: Prompts, config: DifficultyConfig, seed: int
-) -> tuple[str, ...] | None:
-    """One window's ranking as question ids: greedy first, sampled if that can't be read, then None."""
+) -> tuple[tuple[str, ...] | None, bool]:
+    """One window's ranking as question ids: greedy first, sampled if that can't be read, then None; and whether the
+    engine answered each time it was asked."""
     tokens = seat.chat.first([Message("user", prompts.ranking(questions))])
     room = seat.engine.max_context - len(tokens)
     if room < 1:
-        return None
+        return None, True
+    answered = True
     for attempt, temperature in enumerate((0.0, 1.0)):
         sampling = Sampling(
             max_tokens=min(config.max_tokens, room), temperature=temperature, stop=seat.chat.stop_strings,
             seed=request_seed(seed, "ranking", number, attempt),
         )
         generation = await seat.engine.generate(tokens, sampling)
+        answered = answered and generation.finish != "error"
         order = parse_ranking(generation.text, len(questions)) if generation.finish != "error" else None
         if order is not None:
-            return tuple(questions[place - 1].id for place in order)
-    return None
+            return tuple(questions[place - 1].id for place in order), True
+    return None, answered

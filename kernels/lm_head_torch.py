@@ -84,8 +84,8 @@ class _Work:
         sum_B = e_BV.sum(1)
         self.logp_N[rows] = x_BV.gather(1, self.target_N[rows, None])[:, 0] - sum_B.log()
         if self.entropy_N is not None:
-            # Row by row: no [B, V] scratch of its own, which between small tensors that stay would leave holes (the heap
-            # then grows by a block at a time), and many times faster than bmm's products of one row.
+            # Row by row: no [B, V] scratch, which between small tensors that stay would leave holes (the heap grows
+            # by a block at a time), and many times faster than bmm's products of one row.
             dot_B = torch.stack([torch.dot(e_V, x_V) for e_V, x_V in zip(e_BV, x_BV, strict=True)])
             self.entropy_N[rows] = sum_B.log() - dot_B / sum_B
         dlogp_B, dentropy_B = self._derivatives(rows)

@@ -195,6 +195,16 @@ def test_unreadable_windows_are_cached_too(tmp_path):
     assert rank(again, cache=RankingCache.open(tmp_path, KEY)).invalid_windows == 9 and again.samplings == []
 
 
+def test_windows_that_the_engine_failed_on_are_asked_for_again(tmp_path):
+    class Failing(Ranker):
+        async def generate(self, tokens, sampling):
+            return Generation((), (), "error", "", "out of memory")
+
+    assert rank(Failing(), cache=RankingCache.open(tmp_path, KEY)).invalid_windows == 9
+    again = Ranker()
+    assert rank(again, cache=RankingCache.open(tmp_path, KEY)).invalid_windows == 0 and len(again.samplings) == 9
+
+
 def test_another_key_is_another_file(tmp_path):
     changes = ({}, {"model": "n"}, {"seed": 4}, {"window": 4})
     paths = {RankingCache.open(tmp_path, KEY | change).path for change in changes}
