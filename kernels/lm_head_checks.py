@@ -21,7 +21,7 @@ def check_head(
     temperature: float,
     softcap: float | None,
 ) -> None:
-    """Shapes, dtypes, devices and the range of the targets."""
+    """Shapes, dtypes and devices; `needed_rows` looks at the targets."""
     _require(hidden_TD.dim() == 2, f"hidden_TD must have two dimensions (tokens, hidden size), not {_shape(hidden_TD)}")
     _require(hidden_TD.dtype in FLOATS, f"hidden_TD must be a float tensor, not {hidden_TD.dtype}")
     _require(
@@ -29,23 +29,49 @@ def check_head(
         f"weight_VD must be (vocabulary, {hidden_TD.shape[1]}) to fit hidden_TD, not {_shape(weight_VD)}",
     )
     _like("weight_VD", weight_VD, hidden_TD)
-    _require(
-        target_T.shape == hidden_TD.shape[:1],
-        f"target_T must be ({len(hidden_TD)},), one target for each row of hidden_TD, not {_shape(target_T)}",
-    )
-    _require(target_T.dtype == torch.int64, f"target_T must be int64, not {target_T.dtype}")
-    _require(target_T.device == hidden_TD.device, f"target_T is on {target_T.device}, hidden_TD on {hidden_TD.device}")
+    _check_target(target_T, "hidden_TD", hidden_TD)
     if bias_V is not None:
         _require(bias_V.shape == weight_VD.shape[:1], f"bias_V must be ({len(weight_VD)},), not {_shape(bias_V)}")
         _like("bias_V", bias_V, hidden_TD)
+    _check_finish(temperature, softcap)
+
+
+def check_logits(logits_TV: Tensor, target_T: Tensor, temperature: float, softcap: float | None) -> None:
+    """The same where the logits are given."""
+    shape = _shape(logits_TV)
+    _require(logits_TV.dim() == 2 and logits_TV.shape[1] > 0, f"logits_TV must be (tokens, vocabulary), not {shape}")
+    _require(logits_TV.dtype in FLOATS, f"logits_TV must be a float tensor, not {logits_TV.dtype}")
+    _check_target(target_T, "logits_TV", logits_TV)
+    _check_finish(temperature, softcap)
+
+
+def _check_target(target_T: Tensor, name: str, rows: Tensor) -> None:
+    _require(
+        target_T.shape == rows.shape[:1],
+        f"target_T must be ({len(rows)},), one target for each row of {name}, not {_shape(target_T)}",
+    )
+    _require(target_T.dtype == torch.int64, f"target_T must be int64, not {target_T.dtype}")
+    _require(target_T.device == rows.device, f"target_T is on {target_T.device}, {name} on {rows.device}")
+
+
+def _check_finish(temperature: float, softcap: float | None) -> None:
     _require(temperature > 0 and math.isfinite(temperature), f"temperature must be above 0, not {temperature}")
     _require(softcap is None or softcap > 0, f"softcap must be above 0 or None, not {softcap}")
-    outside_T = ((target_T < 0) | (target_T >= len(weight_VD))) & (target_T != IGNORED)
-    if outside_T.any():
+
+
+def needed_rows(needed_T: Tensor, target_T: Tensor, vocabulary: int) -> Tensor | None:
+    """The rows where `needed_T` holds, None where that is all of them; the targets are checked on the way.
+
+    The one place that waits for a GPU: both numbers are fetched at once.
+    """
+    outside_T = ((target_T < 0) | (target_T >= vocabulary)) & (target_T != IGNORED)
+    outside, needed = torch.stack((outside_T.sum(), needed_T.sum())).tolist()
+    if outside > 0:
         row = int(outside_T.nonzero()[0])
         raise ValueError(
-            f"target_T[{row}] = {int(target_T[row])} is outside the vocabulary of {len(weight_VD)} (ignored: {IGNORED})"
+            f"target_T[{row}] = {int(target_T[row])} is outside the vocabulary of {vocabulary} (ignored: {IGNORED})"
         )
+    return None if needed == len(needed_T) else torch.nonzero_static(needed_T, size=needed)[:, 0]
 
 
 def check_tokens(hidden_TD: Tensor, tokens: dict[str, Tensor | None]) -> None:

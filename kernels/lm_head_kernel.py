@@ -6,7 +6,7 @@ gradient is wanted, once more to overwrite it. Everything is calculated in float
 
 import triton
 import triton.language as tl
-from ilr_kernels.policy_loss_kernel import token_loss
+from ilr_kernels.policy_loss_kernel import row_derivatives
 
 
 @triton.jit
@@ -86,37 +86,11 @@ def rows_kernel(
     tl.store(p_logp + row, logp)
     tl.store(p_entropy + row, entropy)
 
-    dlogp = 0.0
-    dentropy = 0.0
-    if STEP == "given":
-        dlogp = tl.load(p_dlogp + row)
-        if p_dentropy is not None:
-            dentropy = tl.load(p_dentropy + row)
-    if STEP == "policy":
-        value, dlogp, dentropy, clipped, kl, truncated = token_loss(
-            logp,
-            entropy,
-            tl.load(p_weight + row),
-            tl.load(p_advantage + row),
-            None if p_old is None else tl.load(p_old + row),
-            None if p_ref is None else tl.load(p_ref + row),
-            None if p_behavior is None else tl.load(p_behavior + row),
-            clip_low,
-            clip_high,
-            dual_clip,
-            importance_cap,
-            beta,
-            entropy_coef,
-            OBJECTIVE=OBJECTIVE,
-            DUAL_CLIP=DUAL_CLIP,
-            KL=KL,
-            IMPORTANCE_MODE=IMPORTANCE_MODE,
-        )
-        tl.store(p_value + row, value)
-        tl.store(p_dlogp + row, dlogp)
-        tl.store(p_clipped + row, clipped)
-        tl.store(p_kl + row, kl)
-        tl.store(p_truncated + row, truncated)
+    dlogp, dentropy = row_derivatives(
+        row, row >= 0, logp, entropy, p_dlogp, p_dentropy, p_weight, p_advantage, p_old, p_ref, p_behavior,
+        p_value, p_clipped, p_kl, p_truncated, clip_low, clip_high, dual_clip, importance_cap, beta, entropy_coef,
+        STEP=STEP, OBJECTIVE=OBJECTIVE, DUAL_CLIP=DUAL_CLIP, KL=KL, IMPORTANCE_MODE=IMPORTANCE_MODE,
+    )  # fmt: skip
 
     if GRADIENT:
         for start in range(0, vocabulary, BLOCK_V):

@@ -1,7 +1,8 @@
-"""The sweep over the LM head on a GPU: cuBLAS for the products, one Triton pass for what stands between them.
+"""The sweep over the LM head on a GPU in float32 and float16: cuBLAS for the products, one Triton pass in place.
 
 The logits of a chunk are held in the dtype of the hidden states, as the model's own head would round them, and are
-overwritten by their gradient. Under TRITON_INTERPRET=1 the same code runs on CPU tensors.
+overwritten by their gradient. (In bfloat16, whose exponents reach as far as float32's, `softmax_product.py` does with
+less.) Under TRITON_INTERPRET=1 the same code runs on CPU tensors.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ import torch
 import triton
 from ilr_kernels.backend import on_device
 from ilr_kernels.lm_head_kernel import rows_kernel
-from ilr_kernels.policy_loss import PolicyLoss, TokenLoss
-from ilr_kernels.sweep import Given, Gradients, Head, Policy, Swept, chunk_logits, spread_gradients
+from ilr_kernels.step_arguments import step_constants, step_vectors
+from ilr_kernels.sweep import Gradients, Head, Step, Swept, chunk_logits, spread_gradients
 from torch import Tensor
 
 CHUNK_ELEMENTS = 2**28  # logits held at once: 512 MiB of 16-bit floats
-MAX_BLOCK_V = 4096
+BLOCK_BYTES = 8192  # of a row's logits, worked on at once
 WARPS = 8
 
 
@@ -23,7 +24,7 @@ def sweep(
     head: Head,
     hidden_ND: Tensor,
     target_N: Tensor,
-    step: Given | Policy | None,
+    step: Step,
     grads: Gradients | None,
     chunk: int | None = None,
     with_entropy: bool = True,
@@ -33,71 +34,59 @@ def sweep(
     chunk = min(n, chunk or max(128, CHUNK_ELEMENTS // vocabulary // 128 * 128))
     logp_N, entropy_N = hidden_ND.new_empty(2, n, dtype=torch.float32)
     slab_CV = hidden_ND.new_empty(chunk, vocabulary)
-    vectors, constants, losses = _step_arguments(step, logp_N)
-    loss = step.loss if isinstance(step, Policy) else PolicyLoss()
+    vectors, losses = step_vectors(step, logp_N)
     target_N = target_N.contiguous()
     for start in range(0, n, chunk):
         rows = slice(start, min(start + chunk, n))
         logits_CV = chunk_logits(head, hidden_ND[rows], slab_CV)
-        with on_device(slab_CV):
-            rows_kernel[(len(logits_CV),)](
-                logits_CV,
-                target_N,
-                logp_N,
-                entropy_N,
-                **vectors,
-                first_row=start,
-                vocabulary=vocabulary,
-                stride=logits_CV.stride(0),
-                softcap=float(head.softcap or 0.0),
-                temperature=float(head.temperature),
-                clip_low=float(loss.clip_low),
-                clip_high=float(loss.clip_high),
-                dual_clip=float(loss.dual_clip or 0.0),
-                importance_cap=float(loss.importance_cap),
-                beta=float(loss.beta),
-                entropy_coef=float(loss.entropy_coef),
-                **constants,
-                GRADIENT=grads is not None,
-                SOFTCAP=head.softcap is not None,
-                BLOCK_V=min(MAX_BLOCK_V, triton.next_power_of_2(vocabulary)),
-                num_warps=WARPS,
-                enable_fp_fusion=True,
-            )
+        _pass(logits_CV, target_N, logp_N, entropy_N, vectors, start, head, step, grads is not None)
         if grads is not None:
             spread_gradients(logits_CV, hidden_ND, head, grads, rows)
     return Swept(logp_N, entropy_N if with_entropy else None, losses)
 
 
-VECTORS = ("p_dlogp", "p_dentropy", "p_weight", "p_advantage", "p_old", "p_ref", "p_behavior")
-OUTPUTS = ("p_value", "p_clipped", "p_kl", "p_truncated")
+def read_logits(
+    logits_TV: Tensor, target_T: Tensor, temperature: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies [T] of given logits, which are read once."""
+    logp_T, entropy_T = logits_TV.new_empty(2, len(logits_TV), dtype=torch.float32)
+    logits_TV = logits_TV if logits_TV.stride(1) == 1 else logits_TV.contiguous()
+    if len(logits_TV) > 0:
+        head = Head(logits_TV, None, temperature, softcap)
+        vectors, _ = step_vectors(None, logp_T)
+        _pass(logits_TV, target_T.contiguous(), logp_T, entropy_T, vectors, 0, head, None, False)
+    return logp_T, entropy_T
 
 
-def _step_arguments(
-    step: Given | Policy | None, like_N: Tensor
-) -> tuple[dict[str, Tensor | None], dict[str, object], TokenLoss | None]:
-    """The kernel's vectors and constants for a step, and the record whose fields the kernel fills."""
-    vectors: dict[str, Tensor | None] = dict.fromkeys(VECTORS + OUTPUTS)
-    loss = step.loss if isinstance(step, Policy) else PolicyLoss()
-    constants: dict[str, object] = {
-        "STEP": "policy" if isinstance(step, Policy) else "statistics" if step is None else "given",
-        "OBJECTIVE": loss.objective,
-        "DUAL_CLIP": loss.dual_clip is not None,
-        "KL": loss.kl,
-        "IMPORTANCE_MODE": loss.importance_mode,
-    }
-    if isinstance(step, Given):
-        vectors["p_dlogp"] = step.dlogp_N.float().contiguous()
-        vectors["p_dentropy"] = None if step.dentropy_N is None else step.dentropy_N.float().contiguous()
-    if not isinstance(step, Policy):
-        return vectors, constants, None
-    t = step.inputs
-    given_N = (t.weight_N, t.advantage_N, t.old_logp_N, t.ref_logp_N, t.behavior_logp_N)
-    for name, x_N in zip(VECTORS[2:], given_N, strict=True):
-        vectors[name] = None if x_N is None else x_N.contiguous()
-    if loss.importance == "none":
-        vectors["p_behavior"] = None
-    value_N, dlogp_N, clipped_N, kl_N, truncated_N = torch.empty_like(like_N.expand(5, -1)).contiguous()
-    vectors |= dict(zip(OUTPUTS, (value_N, clipped_N, kl_N, truncated_N), strict=True)) | {"p_dlogp": dlogp_N}
-    losses = TokenLoss(value_N, dlogp_N, t.weight_N * -loss.entropy_coef, clipped_N, kl_N, truncated_N)
-    return vectors, constants, losses
+def _pass(
+    logits_CV: Tensor,
+    target_N: Tensor,
+    logp_N: Tensor,
+    entropy_N: Tensor,
+    vectors: dict[str, Tensor | None],
+    first_row: int,
+    head: Head,
+    step: Step,
+    gradient: bool,
+) -> None:
+    """The kernel over one chunk of logits; of `head` only what finishes a logit counts."""
+    vocabulary = logits_CV.shape[1]
+    with on_device(logits_CV):
+        rows_kernel[(len(logits_CV),)](
+            logits_CV,
+            target_N,
+            logp_N,
+            entropy_N,
+            **vectors,
+            first_row=first_row,
+            vocabulary=vocabulary,
+            stride=logits_CV.stride(0),
+            softcap=float(head.softcap or 0.0),
+            temperature=float(head.temperature),
+            **step_constants(step),
+            GRADIENT=gradient,
+            SOFTCAP=head.softcap is not None,
+            BLOCK_V=min(BLOCK_BYTES // logits_CV.element_size(), triton.next_power_of_2(vocabulary)),
+            num_warps=WARPS,
+            enable_fp_fusion=True,
+        )

@@ -82,14 +82,28 @@ class PolicyLoss:
 
 
 class Turns(NamedTuple):
-    """The turn of each token, numbered from 0 without gaps, and how many tokens each turn has."""
+    """Which tokens belong together: sums over turns that are the same, bit for bit, whenever they are repeated."""
 
-    index_N: Tensor
-    length_N: Tensor  # one entry a turn
+    order_N: Tensor  # the tokens, turn by turn
+    index_N: Tensor  # the turn of each token, numbered from 0 without gaps
+    length_N: Tensor  # the tokens of each turn; as many entries as tokens, 0 where there is no such turn
+
+    @classmethod
+    def of(cls, turn_N: Tensor) -> Turns:
+        """The turns of tokens by their numbers [N]; nothing here waits for a GPU."""
+        sorted_N, order_N = turn_N.sort(stable=True)
+        starts_N = torch.ones_like(sorted_N)
+        starts_N[1:] = sorted_N[1:] != sorted_N[:-1]
+        index_N = torch.empty_like(order_N).scatter_(0, order_N, starts_N.cumsum(0) - 1)
+        length_N = torch.zeros_like(order_N).scatter_add_(0, index_N, torch.ones_like(order_N))
+        return cls(order_N, index_N, length_N)
 
     def sum(self, values_N: Tensor) -> Tensor:
         """Each token's turn total of `values_N`."""
-        return values_N.new_zeros(len(self.length_N)).index_add_(0, self.index_N, values_N)[self.index_N]
+        if len(values_N) == 0:
+            return values_N
+        ordered_N = values_N[self.order_N]
+        return torch.segment_reduce(ordered_N, "sum", lengths=self.length_N, unsafe=True, initial=0)[self.index_N]
 
     def mean(self, values_N: Tensor) -> Tensor:
         """Each token's turn mean of `values_N`."""

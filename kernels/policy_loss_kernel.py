@@ -28,7 +28,7 @@ def token_loss(
     IMPORTANCE_MODE: tl.constexpr,
 ):
     """(value, dlogp, dentropy, clipped, kl, truncated) of one token, times its weight where `TokenLoss` says so."""
-    ratio = 1.0
+    ratio = tl.where(logp == logp, 1.0, 1.0)  # of one row or of a block, as logp is
     if old is not None:
         ratio = tl.exp(logp - old)
     policy, dpolicy, clipped = _policy(
@@ -54,6 +54,69 @@ def token_loss(
             value += beta * ratio * 0.5 * d * d
             dlogp -= beta * ratio * d
     return weight * value, weight * dlogp, -entropy_coef * weight, clipped, kl, truncated
+
+
+@triton.jit
+def row_derivatives(
+    row,  # one row or a block of them, `inside` where it is one
+    inside,
+    logp,
+    entropy,
+    p_dlogp,  # read for STEP "given", written for "policy"
+    p_dentropy,  # read for "given"; None: 0
+    p_weight,  # from here on for "policy" alone
+    p_advantage,
+    p_old,
+    p_ref,
+    p_behavior,
+    p_value,
+    p_clipped,
+    p_kl,
+    p_truncated,
+    clip_low,
+    clip_high,
+    dual_clip,
+    importance_cap,
+    beta,
+    entropy_coef,
+    STEP: tl.constexpr,  # "statistics", "given" or "policy"
+    OBJECTIVE: tl.constexpr,
+    DUAL_CLIP: tl.constexpr,
+    KL: tl.constexpr,
+    IMPORTANCE_MODE: tl.constexpr,
+):
+    """(dL/dlog π, dL/dH): as they were given, or of the policy loss, whose parts are then stored."""
+    dlogp, dentropy = 0.0, 0.0
+    if STEP == "given":
+        dlogp = tl.load(p_dlogp + row, mask=inside, other=0.0)
+        if p_dentropy is not None:
+            dentropy = tl.load(p_dentropy + row, mask=inside, other=0.0)
+    if STEP == "policy":
+        value, dlogp, dentropy, clipped, kl, truncated = token_loss(
+            logp,
+            entropy,
+            tl.load(p_weight + row, mask=inside, other=0.0),
+            tl.load(p_advantage + row, mask=inside, other=0.0),
+            None if p_old is None else tl.load(p_old + row, mask=inside, other=0.0),
+            None if p_ref is None else tl.load(p_ref + row, mask=inside, other=0.0),
+            None if p_behavior is None else tl.load(p_behavior + row, mask=inside, other=0.0),
+            clip_low,
+            clip_high,
+            dual_clip,
+            importance_cap,
+            beta,
+            entropy_coef,
+            OBJECTIVE=OBJECTIVE,
+            DUAL_CLIP=DUAL_CLIP,
+            KL=KL,
+            IMPORTANCE_MODE=IMPORTANCE_MODE,
+        )
+        tl.store(p_value + row, value, mask=inside)
+        tl.store(p_dlogp + row, dlogp, mask=inside)
+        tl.store(p_clipped + row, clipped, mask=inside)
+        tl.store(p_kl + row, kl, mask=inside)
+        tl.store(p_truncated + row, truncated, mask=inside)
+    return dlogp, dentropy
 
 
 @triton.jit

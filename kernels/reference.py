@@ -1,6 +1,6 @@
 """References in plain PyTorch for every kernel function: whole logits, autograd, any dtype up to float64.
 
-The same names and arguments as the fused functions; what only concerns how those work (`chunk`, `weight_grad_VD`) is
+The same names and arguments as the fused functions; what only concerns how those work (`chunk`, `weight_grad_VD`, …) is
 accepted and has no effect. Made to be read and to be right: ILR.md's formulas (see `docs/`) one after the other.
 
     loss, stats = reference.linear_policy_loss(hidden.double(), weight.double(), target, advantage, token_weight)
@@ -92,10 +92,23 @@ def linear_logprob(
     temperature: float = 1.0,
     softcap: float | None = None,
     with_entropy: bool = False,
+    keep_softmax: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probs (and entropies) of the targets, 0 where the target is −100; see `lm_head.linear_logprob`."""
     logits_TV = torch.nn.functional.linear(hidden_TD, weight_VD, bias_V)
-    logits_TV = logits_TV.to(torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32)
+    return logits_logprob(logits_TV, target_T, temperature=temperature, softcap=softcap, with_entropy=with_entropy)
+
+
+def logits_logprob(
+    logits_TV: Tensor,
+    target_T: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    with_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probs (and entropies) of the targets from logits; see `lm_head.logits_logprob`. Differentiable here."""
+    logits_TV = logits_TV.to(torch.float64 if logits_TV.dtype == torch.float64 else torch.float32)
     if softcap is not None:
         logits_TV = softcap * torch.tanh(logits_TV / softcap)
     logp_TV = torch.log_softmax(logits_TV / temperature, dim=-1)
@@ -124,6 +137,7 @@ def linear_policy_loss(
     softcap: float | None = None,
     chunk: int | None = None,
     weight_grad_VD: Tensor | None = None,
+    with_logp: bool = False,
 ) -> tuple[Tensor, dict[str, Any]]:
     """The policy loss over whole logits; see `lm_head.linear_policy_loss`. Stats: logp_T and entropy_T of every row."""
     variant = loss or PolicyLoss()

@@ -39,12 +39,19 @@ class Policy(NamedTuple):
     inputs: TokenInputs
 
 
+Step = Given | Policy | None
+
+
 class Gradients(NamedTuple):
-    """Where gradients go, None where none is wanted: dhidden is written, dweight and dbias are added."""
+    """Where gradients go, None where none is wanted: dhidden is written, dweight and dbias are added.
+
+    With `fresh` nothing is in dweight yet: the first chunk overwrites it.
+    """
 
     hidden_ND: Tensor | None
     weight_VD: Tensor | None
     bias_V: Tensor | None
+    fresh: bool = False
 
 
 class Swept(NamedTuple):
@@ -68,14 +75,16 @@ def chunk_logits(head: Head, hidden_CD: Tensor, slab_CV: Tensor) -> Tensor:
     return torch.addmm(head.bias_V, hidden_CD, head.weight_VD.t(), out=out)
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, where `total` may be float32 while a and b are 16 bits wide."""
+def add_product(total: Tensor, a: Tensor, b: Tensor, overwrite: bool = False) -> None:
+    """total += a @ b, or total = a @ b, where `total` may be float32 while a and b are 16 bits wide."""
     if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    elif total.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        torch.mm(a, b, out=total) if overwrite else total.addmm_(a, b)
+    elif not total.is_cuda:
+        total.copy_(a @ b) if overwrite else total.add_(a @ b)
+    elif overwrite:
+        torch.mm(a, b, out_dtype=total.dtype, out=total)
     else:
-        total.add_(a @ b)
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
 
 
 def spread_gradients(logits_NV: Tensor, hidden_ND: Tensor, head: Head, grads: Gradients, rows: slice) -> None:
@@ -83,6 +92,6 @@ def spread_gradients(logits_NV: Tensor, hidden_ND: Tensor, head: Head, grads: Gr
     if grads.hidden_ND is not None:
         torch.mm(logits_NV, head.weight_VD, out=grads.hidden_ND[rows])
     if grads.weight_VD is not None:
-        add_product(grads.weight_VD, logits_NV.t(), hidden_ND[rows])
+        add_product(grads.weight_VD, logits_NV.t(), hidden_ND[rows], overwrite=grads.fresh and rows.start == 0)
     if grads.bias_V is not None:
         grads.bias_V.add_(logits_NV.sum(0, dtype=grads.bias_V.dtype))

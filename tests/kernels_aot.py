@@ -1,4 +1,6 @@
-"""Compiles every Triton kernel ahead of time for four architectures and reads the register spills from ptxas.
+"""Compiles every Triton kernel ahead of time for each architecture and reads registers and spills from ptxas.
+
+Shared memory must fit what a block may have on the card.
 
 Needs Triton and this repository's kernel sources, neither a GPU nor, as far as Triton allows, PyTorch. In a process of
 its own, since Triton's interpreter and its compiler cannot share one:
@@ -21,8 +23,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 ROOT = Path(__file__).resolve().parent.parent
-ARCHITECTURES = (80, 86, 89, 90)
+# Compute capability to the bytes of shared memory a block may have: A100, RTX 3090 and A10, RTX 4090 and L4, H100,
+# B200, RTX 5090.
+SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 FLOATS = ("bf16", "fp32")
+ONE_REGISTER = 4  # bytes; kept across a barrier, once a row, which some ptxas do with 40 registers in use
 
 
 class Case(NamedTuple):
@@ -33,6 +38,9 @@ class Case(NamedTuple):
     signature: dict[str, str]
     constants: dict[str, Any]
     warps: int
+    stages: int = 3
+    divisible: tuple[str, ...] = ()  # arguments that are multiples of 16
+    architectures: tuple[int, ...] = tuple(SHARED_MEMORY)
 
 
 def import_kernels(module: str) -> Any:
@@ -47,13 +55,13 @@ def import_kernels(module: str) -> Any:
         return importlib.import_module(f"ilr_kernels.{module}")
 
 
-def case(name: str, kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int) -> Case:
+def case(name: str, kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, **more: Any) -> Case:
     """A case with every argument of the kernel accounted for: typed, or constant (None for a pointer left out)."""
     arguments = kernel.arg_names
     signature = {a: types[a] if a in types and a not in constants else "constexpr" for a in arguments}
     missing = [a for a in arguments if signature[a] == "constexpr" and a not in constants]
     assert not missing, f"{name}: {missing} have neither type nor value"
-    return Case(name, kernel, signature, constants, warps)
+    return Case(name, kernel, signature, {**constants}, warps, **more)
 
 
 def lm_head_cases() -> Iterator[Case]:
@@ -80,7 +88,67 @@ def lm_head_cases() -> Iterator[Case]:
         types = {"p_logits": f"*{dtype}", "p_target": "*i64", **dict.fromkeys(vectors, "*fp32")}
         types |= {"first_row": "i32", "vocabulary": "i32", "stride": "i32", **dict.fromkeys(scalars, "fp32")}
         for name, constants in steps.items():
-            yield case(f"rows_kernel {name} {dtype}", kernel, types, base | constants | {"BLOCK_V": 4096}, warps=8)
+            constants = base | constants | {"BLOCK_V": 4096 if dtype == "bf16" else 2048}
+            yield case(f"rows_kernel {name} {dtype}", kernel, types, constants, warps=8)
+
+
+SOFTMAX_VECTORS = ("p_target_x", "p_shift", "p_others", "p_logp", "p_entropy", "p_total", "p_moment")
+LOSS_VECTORS = ("p_dlogp", "p_dentropy", "p_weight", "p_advantage", "p_old", "p_ref", "p_behavior")
+LOSS_VECTORS += ("p_value", "p_clipped", "p_kl", "p_truncated", "p_factor")
+
+
+def product_cases() -> Iterator[Case]:
+    """The product with the softmax inside, tiled as on each card, with and without the copy engine."""
+    kernel = import_kernels("softmax_product_kernel").product_kernel
+    card_plan = import_kernels("product_plan").card_plan
+    types = {"p_bias": "*bf16", "p_target": "*i64", "p_redo": "*i32", "scale": "fp32", "softcap": "fp32"}
+    types |= dict.fromkeys(SOFTMAX_VECTORS, "*fp32")
+    types |= dict.fromkeys(("rows", "vocabulary", "depth", "hidden_stride", "weight_stride", "exps_stride"), "i32")
+    plain = {"SOFTCAP": False, "SLOPE": True, "MOMENT": True, "PEAK": False, "WIDEN": False}
+    variants: dict[str, dict[str, Any]] = {
+        "loss": {"p_bias": None, "p_redo": None},
+        "log-prob": {"p_bias": None, "p_redo": None, "exps": None},
+        "everything": {"SOFTCAP": True},
+        "peak": {"p_bias": None, "exps": None, "PEAK": True, "MOMENT": False},
+    }
+    for architecture, shared_memory in SHARED_MEMORY.items():
+        for name, constants in variants.items():
+            plan = card_plan(architecture, shared_memory, 132, depth=4096, softcap="SOFTCAP" in constants)
+            tiles = {"TMA": plan.tma, "HALVES": plan.halves, "PROGRAMS": plan.programs, "GROUP": plan.group}
+            tiles["FLATTEN"] = plan.flatten
+            tiles |= {"BLOCK_M": plan.block_m, "BLOCK_N": plan.block_n, "BLOCK_K": plan.block_k}
+            width = plan.block_n // 2 if plan.halves else plan.block_n
+            shapes = ((plan.block_m, plan.block_k), (plan.block_n, plan.block_k), (plan.block_m, width))
+            operands = [f"tensordesc<bf16[{m},{n}]>" if plan.tma else "*bf16" for m, n in shapes]
+            given = types | dict(zip(("hidden", "weight", "exps"), operands, strict=True))
+            divisible = ("vocabulary", "depth", "hidden_stride", "weight_stride", "exps_stride")
+            more = {"stages": plan.stages, "divisible": divisible, "architectures": (architecture,)}
+            yield case(f"product_kernel {name}", kernel, given, plain | tiles | constants, plan.warps, **more)
+
+
+def softmax_cases() -> Iterator[Case]:
+    """What stands around that product."""
+    module = import_kernels("softmax_product_kernel")
+    types = {"p_hidden": "*bf16", "p_weight": "*bf16", "p_bias": "*bf16", "p_exps": "*bf16", "p_target": "*i64"}
+    types |= dict.fromkeys(SOFTMAX_VECTORS, "*fp32") | {"p_redo": "*i32", "p_dbias": "*fp32", "p_x": "*bf16"}
+    types |= dict.fromkeys(("rows", "tiles", "vocabulary", "depth", "count"), "i32")
+    types |= dict.fromkeys(("hidden_stride", "weight_stride", "exps_stride"), "i32")
+    scalars = ("softcap", "temperature", "clip_low", "clip_high", "dual_clip", "importance_cap", "beta", "entropy_coef")
+    types |= dict.fromkeys(scalars, "fp32")
+    loss = {"OBJECTIVE": "ppo", "DUAL_CLIP": True, "KL": "k3", "IMPORTANCE_MODE": "truncate", "SOFTCAP": True}
+    block = {"BLOCK_R": 32, "BLOCK_T": 32}
+    yield case("target_kernel", module.target_kernel, types, {"SOFTCAP": True, "BLOCK_D": 2048}, 4)
+    yield case("peaks_kernel", module.peaks_kernel, types, block, 4)
+    yield case("sums_kernel", module.sums_kernel, types, block | {"REDO": False}, 4)
+    vectors = types | dict.fromkeys(LOSS_VECTORS, "*fp32")
+    factors = {"STEP": "policy", "GRADIENT": True, "BLOCK_R": 128, **loss}
+    yield case("factors_kernel", module.factors_kernel, vectors, factors | {"ENTROPY": True}, 4)
+    yield case("factors_kernel k2", module.factors_kernel, vectors, factors | {"ENTROPY": False, "KL": "k2"}, 4)
+    yield case("entropy_kernel", module.entropy_kernel, vectors, {"SOFTCAP": True, "BLOCK_V": 4096}, 8)
+    yield case("bias_kernel", module.bias_kernel, vectors, {"BLOCK_R": 32, "BLOCK_V": 256}, 4)
+    rows = vectors | {"p_x": "*fp32", "p_out": "*bf16", "stride": "i32"}
+    yield case("scale_rows_kernel", module.scale_rows_kernel, rows, {"BLOCK_D": 2048}, 4)
+    yield case("scale_kernel", module.scale_kernel, vectors, {"PROGRAMS": 1056, "BLOCK": 4096}, 8)
 
 
 def advantage_cases() -> Iterator[Case]:
@@ -100,13 +168,17 @@ def advantage_cases() -> Iterator[Case]:
         yield case(name, module.advantage_kernel, types, constants, module.warps(block))
 
 
-def compile_ptx(case: Case, architecture: int) -> str:
-    """The PTX of a case."""
+def compile_ptx(case: Case, architecture: int) -> tuple[str, int]:
+    """The PTX of a case, and the bytes of shared memory it takes."""
     from triton.compiler import ASTSource
 
-    source = ASTSource(fn=case.kernel, signature=case.signature, constexprs=case.constants)
-    target = GPUTarget("cuda", architecture, 32)
-    return triton.compile(source, target=target, options={"num_warps": case.warps, "enable_fp_fusion": True}).asm["ptx"]
+    position = {name: i for i, name in enumerate(case.kernel.arg_names)}
+    pointers = [name for name, kind in case.signature.items() if kind.startswith("*")]
+    divisible = {(position[name],): [["tt.divisibility", 16]] for name in (*pointers, *case.divisible)}
+    source = ASTSource(fn=case.kernel, signature=case.signature, constexprs=case.constants, attrs=divisible)
+    options = {"num_warps": case.warps, "num_stages": case.stages, "enable_fp_fusion": True}
+    made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    return made.asm["ptx"], made.metadata.shared
 
 
 def ptxas_report(ptx: str, architecture: int) -> dict[str, int]:
@@ -144,19 +216,22 @@ def all_kernels() -> set[str]:
 
 def main() -> int:
     """Compiles every case for every architecture; 0 where nothing spills."""
-    cases = [*advantage_cases(), *lm_head_cases()]
+    cases = [*advantage_cases(), *lm_head_cases(), *product_cases(), *softmax_cases()]
     forgotten = all_kernels() - {c.kernel.__name__ for c in cases}
     assert not forgotten, f"kernels without a case: {forgotten}"
-    spilling = 0
+    compiled = failing = 0
     for c in cases:
-        for architecture in ARCHITECTURES:
-            report = ptxas_report(compile_ptx(c, architecture), architecture)
+        for architecture in c.architectures:
+            ptx, shared = compile_ptx(c, architecture)
+            report = ptxas_report(ptx, architecture)
             assert set(report) == {"registers", "stores", "loads"}, f"ptxas said something else: {report}"
-            spills = report["stores"] + report["loads"] > 0
-            spilling += spills
-            print(f"sm_{architecture} {report['registers']:4d} registers {'SPILLS' if spills else 'ok':6s} {c.name}")
-    print(f"triton {triton.__version__}: {len(cases) * len(ARCHITECTURES)} compiled, {spilling} with spills")
-    return 1 if spilling else 0
+            spills = max(report["stores"], report["loads"]) > ONE_REGISTER
+            too_large = shared > SHARED_MEMORY[architecture]
+            compiled, failing = compiled + 1, failing + (spills or too_large)
+            verdict = "SPILLS" if spills else "TOO LARGE" if too_large else "ok"
+            print(f"sm_{architecture} {report['registers']:4d} registers {shared:7d} bytes {verdict:9s} {c.name}")
+    print(f"triton {triton.__version__}: {compiled} compiled, {failing} with spills or too much shared memory")
+    return 1 if failing else 0
 
 
 if __name__ == "__main__":

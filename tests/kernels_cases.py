@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from ilr_kernels import reference
-from ilr_kernels.lm_head import linear_logprob, linear_policy_loss
+from ilr_kernels.lm_head import linear_logprob, linear_policy_loss, logits_logprob
 from ilr_kernels.policy_loss import PolicyLoss
 from torch import Tensor
 
@@ -180,10 +180,14 @@ def check_policy_loss(
     compare(truth, plain, fused, dtype, f"{name} {shape} {dtype}")
 
 
-def check_logprob(shape: tuple[int, int, int], dtype: torch.dtype, device: str = "cpu", **head: Any) -> None:
+def check_logprob(
+    shape: tuple[int, int, int], dtype: torch.dtype, device: str = "cpu", keep_softmax: bool = False, **head: Any
+) -> None:
     """`linear_logprob` with entropies against truth, with gradients from random upstream vectors."""
-    inputs = make_inputs(shape, Variant(head=head, bias=True), dtype, device, seed=1)
+    inputs = make_inputs(shape, Variant(head=dict(head), bias=True), dtype, device, seed=1)
     up = torch.randn(2, shape[0], generator=torch.Generator().manual_seed(2)).to(device)
+
+    head["keep_softmax"] = keep_softmax
 
     def results(function: Any, to: torch.dtype) -> dict[str, Tensor]:
         leaves = {k: x.detach().to(to).requires_grad_() for k, x in inputs.leaves.items()}
@@ -196,6 +200,60 @@ def check_logprob(shape: tuple[int, int, int], dtype: torch.dtype, device: str =
     with poisoned():
         fused = results(linear_logprob, dtype)
     compare(truth, plain, fused, dtype, f"logprob {shape} {dtype} {head}")
+
+
+def check_overflow(shape: tuple[int, int, int], device: str = "cpu") -> None:
+    """Targets so improbable that exp(x − x_target) overflows float32, beside ordinary ones, in bfloat16."""
+    t, d, v = shape
+    g = torch.Generator().manual_seed(5)
+    weight = (torch.randn(v, d, generator=g) / d**0.5).bfloat16().to(device)
+    hidden = torch.randn(t, d, generator=g).bfloat16().to(device)
+    target = torch.randint(1, v, (t,), generator=g).to(device)
+    weight[0] *= 4
+    hidden[0] = 300 * weight[0] / weight[0].float().norm() ** 2  # logit 300 at token 0
+
+    def results(function: Any, to: torch.dtype) -> dict[str, Tensor]:
+        h, w = (x.detach().to(to).requires_grad_() for x in (hidden, weight))
+        logp, entropy = function(h, w, target, with_entropy=True)
+        logp.sum().backward()
+        return {"logp_T": logp.detach(), "entropy_T": entropy.detach(), "dhidden": h.grad, "dweight": w.grad}
+
+    truth, plain = results(reference.linear_logprob, torch.float64), results(reference.linear_logprob, torch.bfloat16)
+    assert truth["logp_T"][0] < -150
+    compare(truth, plain, results(linear_logprob, torch.bfloat16), torch.bfloat16, f"overflow {shape}")
+
+
+def check_logits(shape: tuple[int, int], dtype: torch.dtype, device: str = "cpu", **head: Any) -> None:
+    """`logits_logprob` against truth, the logits left as they are."""
+    g = torch.Generator().manual_seed(4)
+    logits = (4 * torch.randn(shape, generator=g)).to(dtype).to(device)
+    target = torch.randint(shape[1], shape[:1], generator=g).to(device)
+    target[:: 1 + shape[0] // 3] = -100
+    before = logits.clone()
+
+    def results(function: Any, of: Tensor) -> dict[str, Tensor]:
+        logp, entropy = function(of, target, with_entropy=True, **head)
+        return {"logp_T": logp, "entropy_T": entropy}
+
+    truth, plain = results(reference.logits_logprob, logits.double()), results(reference.logits_logprob, logits)
+    with poisoned():
+        fused = results(logits_logprob, logits)
+    compare(truth, plain, fused, torch.float32, f"logits {shape} {dtype} {head}")
+    assert torch.equal(logits, before)
+
+
+def check_with_logp(shape: tuple[int, int, int], dtype: torch.dtype, device: str = "cpu") -> None:
+    """With `with_logp` every row that is not ignored has its log-prob and entropy; the loss is the same."""
+    inputs = make_inputs(shape, VARIANTS["ppo off-policy"], dtype, device)
+    some = run(linear_policy_loss, inputs, dtype, 1.0)
+    every = run(linear_policy_loss, inputs, dtype, 1.0, with_logp=True)
+    truth = run(reference.linear_policy_loss, inputs, torch.float64, 1.0)
+    valid = inputs.fixed["target_T"] != -100
+    assert torch.equal(every["logp_T"].isnan(), ~valid) and torch.equal(every["entropy_T"].isnan(), ~valid)
+    assert torch.equal(every["value"], some["value"]) and torch.equal(every["dhidden_TD"], some["dhidden_TD"])
+    assert some["logp_T"][valid].isnan().any(), "no row of zero weight: nothing was tested"
+    for key in ("logp_T", "entropy_T"):
+        assert relative_error(every[key][valid], truth[key][valid]) < 20 * TOLERANCE[dtype], key
 
 
 def compare(

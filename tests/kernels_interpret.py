@@ -8,7 +8,16 @@ from __future__ import annotations
 import os
 
 import torch
-from kernels_cases import SHAPES, VARIANTS, check_advantage, check_logprob, check_policy_loss
+from kernels_cases import (
+    SHAPES,
+    VARIANTS,
+    check_advantage,
+    check_logits,
+    check_logprob,
+    check_overflow,
+    check_policy_loss,
+    check_with_logp,
+)
 
 
 def main() -> int:
@@ -27,6 +36,10 @@ def main() -> int:
         check_policy_loss(shape, "ppo", torch.float16, chunk=None)
         check_logprob(shape, torch.float32, softcap=4.0, temperature=0.8)
         check_logprob(shape, torch.bfloat16)
+        check_logprob(shape, torch.bfloat16, softcap=4.0, keep_softmax=True)
+    check_overflow((5, 24, 101))
+    check_with_logp((33, 24, 101), torch.bfloat16)
+    check_logits((7, 333), torch.bfloat16, temperature=0.7)
     for shape in ((1, 1, 1), (1, 4, 8), (2, 3, 5), (3, 2, 16), (5, 3, 33)):
         for calibrate in ("reward", "advantage", "none"):
             for normalize in ("grpo", "dr_grpo", "rloo"):

@@ -14,8 +14,11 @@ from kernels_cases import (
     VARIANTS,
     Variant,
     check_advantage,
+    check_logits,
     check_logprob,
+    check_overflow,
     check_policy_loss,
+    check_with_logp,
     make_inputs,
     run,
 )
@@ -32,6 +35,10 @@ def test_real_shapes_against_truth(shape):
         check_policy_loss(shape, name, torch.bfloat16, "cuda", chunk=256)
     check_policy_loss(shape, "ppo", torch.float32, "cuda", chunk=None)
     check_logprob(shape, torch.bfloat16, "cuda")
+    check_logprob(shape, torch.bfloat16, "cuda", keep_softmax=True)
+    check_overflow(shape, "cuda")
+    check_with_logp(shape, torch.bfloat16, "cuda")
+    check_logits((shape[0], shape[2]), torch.bfloat16, "cuda", softcap=20.0)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -88,7 +88,7 @@ def test_importance_stands_on_the_current_policy_without_old_log_probs():
 def test_sequence_ratio_and_weight_by_hand():
     """Two turns of 2 and 1 tokens: s = exp(mean log r), the weight is the product."""
     logp = torch.zeros(3)
-    turns = Turns(torch.tensor([1, 1, 0]), torch.tensor([1, 2]))
+    turns = Turns.of(torch.tensor([7, 7, 3]))
     old, behavior = torch.tensor([-0.3, 0.1, 0.05]), torch.tensor([-0.5, -0.1, 0.05])
     weight, advantage = torch.tensor([1.0, 3.0, 1.0]), torch.tensor([1.0, 1.0, -1.0])
     found = token_loss(

@@ -1,0 +1,49 @@
+"""A sweep's step as the Triton kernels take it: vectors by the kernel's argument names, scalars and constants."""
+
+from __future__ import annotations
+
+from ilr_kernels.policy_loss import PolicyLoss, TokenLoss
+from ilr_kernels.sweep import Given, Policy, Step
+from torch import Tensor
+
+VECTORS = ("p_dlogp", "p_dentropy", "p_weight", "p_advantage", "p_old", "p_ref", "p_behavior")
+OUTPUTS = ("p_value", "p_clipped", "p_kl", "p_truncated")
+
+
+def step_vectors(step: Step, like_N: Tensor) -> tuple[dict[str, Tensor | None], TokenLoss | None]:
+    """The vectors a kernel reads and writes for a step, and the record whose fields it fills (float32)."""
+    vectors: dict[str, Tensor | None] = dict.fromkeys(VECTORS + OUTPUTS)
+    if isinstance(step, Given):
+        vectors["p_dlogp"] = step.dlogp_N.float().contiguous()
+        vectors["p_dentropy"] = None if step.dentropy_N is None else step.dentropy_N.float().contiguous()
+    if not isinstance(step, Policy):
+        return vectors, None
+    t = step.inputs
+    given_N = (t.weight_N, t.advantage_N, t.old_logp_N, t.ref_logp_N, t.behavior_logp_N)
+    for name, x_N in zip(VECTORS[2:], given_N, strict=True):
+        vectors[name] = None if x_N is None else x_N.contiguous()
+    if step.loss.importance == "none":
+        vectors["p_behavior"] = None
+    value_N, dlogp_N, clipped_N, kl_N, truncated_N = like_N.new_empty(5, len(like_N))
+    vectors |= dict(zip(OUTPUTS, (value_N, clipped_N, kl_N, truncated_N), strict=True)) | {"p_dlogp": dlogp_N}
+    losses = TokenLoss(value_N, dlogp_N, t.weight_N * -step.loss.entropy_coef, clipped_N, kl_N, truncated_N)
+    vectors["p_dentropy"] = losses.dentropy_N if step.loss.entropy_coef != 0 else None
+    return vectors, losses
+
+
+def step_constants(step: Step) -> dict[str, object]:
+    """The scalars and constants by which a kernel tells the step and its loss."""
+    loss = step.loss if isinstance(step, Policy) else PolicyLoss()
+    return {
+        "clip_low": float(loss.clip_low),
+        "clip_high": float(loss.clip_high),
+        "dual_clip": float(loss.dual_clip or 0.0),
+        "importance_cap": float(loss.importance_cap),
+        "beta": float(loss.beta),
+        "entropy_coef": float(loss.entropy_coef),
+        "STEP": "policy" if isinstance(step, Policy) else "statistics" if step is None else "given",
+        "OBJECTIVE": loss.objective,
+        "DUAL_CLIP": loss.dual_clip is not None,
+        "KL": loss.kl,
+        "IMPORTANCE_MODE": loss.importance_mode,
+    }
