@@ -14,6 +14,9 @@ an affine function of R within a group, and the division by std takes it out aga
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 from ilr_kernels import reference
 from ilr_kernels.backend import uses_triton
@@ -38,13 +41,13 @@ def calibrated_advantage(
     may differ in size; what stands there in the rewards is never read into a result. Returns (calibrated_MQG,
     advantage_MQG) in float32, zeros where masked. A group of one has advantage 0, and so, exactly, has a group of equal
     rewards (plus the calibration where `calibrate="advantage"`). A peer without a sample adds nothing; m = 1: R̄ = R.
-    Calculated in float64 on the CPU, in float32 in one launch on a GPU. Raises ValueError naming the argument.
+    Calculated in float64 on the CPU; in float32 in one launch on a GPU, where nothing waits and a CUDA graph can be
+    captured after a first call. Raises ValueError naming the argument.
     """
     _check(rewards_MQG, mask_MQG, calibrate, normalize, eps)
     if uses_triton(rewards_MQG):
-        from ilr_kernels import advantage_triton
-
-        return advantage_triton.launch(rewards_MQG, mask_MQG, calibrate, calibrate_weight, normalize, eps)
+        launch = _launch_outside_graph if torch.compiler.is_compiling() else _launcher()
+        return launch(rewards_MQG, mask_MQG, calibrate, calibrate_weight, normalize, eps)
     calibrated_MQG, advantage_MQG = reference.calibrated_advantage(
         rewards_MQG.detach().double(),
         mask_MQG,
@@ -54,6 +57,19 @@ def calibrated_advantage(
         eps=eps,
     )
     return calibrated_MQG.float(), advantage_MQG.float()
+
+
+@cache
+def _launcher() -> Callable[..., tuple[Tensor, Tensor]]:
+    """The launch, imported once where there is a GPU (an import statement would cost a tenth of a call)."""
+    from ilr_kernels.advantage_triton import launch
+
+    return launch
+
+
+@torch.compiler.disable
+def _launch_outside_graph(*arguments: object) -> tuple[Tensor, Tensor]:
+    return _launcher()(*arguments)
 
 
 def _check(rewards_MQG: Tensor, mask_MQG: Tensor | None, calibrate: str, normalize: str, eps: float) -> None:

@@ -154,18 +154,20 @@ def softmax_cases() -> Iterator[Case]:
 def advantage_cases() -> Iterator[Case]:
     """The advantage: every calibration and normalization, with and without a mask, a small and a large group."""
     module = import_kernels("advantage_kernel")
-    types = {"p_reward": "*fp32", "p_mask": "*u8", "p_calibrated": "*fp32", "p_advantage": "*fp32"}
-    types |= {"agents": "i32", "questions": "i32", "samples": "i32", "calibrate_weight": "fp32", "eps": "fp32"}
-    for calibrate, normalize, block, masked in (
-        ("reward", "grpo", 16, True),
-        ("advantage", "dr_grpo", 64, False),
-        ("none", "rloo", 64, True),
-        ("advantage", "grpo", 4096, True),
+    types = {"p_reward": "*fp32", "p_mask": "*i1", "p_out": "*fp32"}
+    types |= {"questions": "i32", "calibrate_weight": "fp32", "eps": "fp32"}
+    for calibrate, normalize, agents, samples, masked in (
+        ("reward", "grpo", 2, 16, True),
+        ("reward", "grpo", 3, 8, False),
+        ("advantage", "dr_grpo", 8, 64, False),
+        ("none", "rloo", 3, 64, True),
+        ("advantage", "grpo", 2, 4096, True),
     ):
-        constants = {"CALIBRATE": calibrate, "NORMALIZE": normalize, "BLOCK_G": block}
+        blocks, warps = module.tiling(agents, samples)
+        constants = {"CALIBRATE": calibrate, "NORMALIZE": normalize, "AGENTS": agents, "SAMPLES": samples, **blocks}
         constants |= {} if masked else {"p_mask": None}
-        name = f"advantage_kernel {calibrate} {normalize} {block}"
-        yield case(name, module.advantage_kernel, types, constants, module.warps(block))
+        name = f"advantage_kernel {calibrate} {normalize} {agents} {samples}"
+        yield case(name, module.advantage_kernel, types, constants, warps)
 
 
 def compile_ptx(case: Case, architecture: int) -> tuple[str, int]:
