@@ -8,6 +8,7 @@ two products give dhidden and add to dweight. Besides the three products the log
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from ilr_kernels.policy_loss import TokenLoss, token_loss
@@ -62,6 +63,16 @@ def default_chunk(vocabulary: int) -> int:
     return max(16, min(CHUNK_ROWS, many), few)
 
 
+class _Softmax(NamedTuple):
+    """Exponentials of a block, 0 at the target, whose own stands aside: a confident row's 1 − p is not rounded away."""
+
+    e_BV: Tensor
+    own_B: Tensor
+    others_B: Tensor
+    sum_B: Tensor
+    log_sum_B: Tensor
+
+
 @dataclass
 class _Work:
     """What is done to a block of logits between the products, and what it leaves behind."""
@@ -80,22 +91,33 @@ class _Work:
         x_BV = logits_BV if logits_BV.dtype == self.logp_N.dtype else logits_BV.to(self.logp_N.dtype)
         slope_BV = self._finish_logits(x_BV)
         x_BV.sub_(x_BV.amax(1, keepdim=True))  # from here on x ≤ 0: its exponentials can be summed
-        e_BV = torch.exp(x_BV, out=self.scratch_BV[: len(x_BV)])
-        sum_B = e_BV.sum(1)
-        self.logp_N[rows] = x_BV.gather(1, self.target_N[rows, None])[:, 0] - sum_B.log()
-        if self.entropy_N is not None:
-            # Row by row: no [B, V] scratch, which between small tensors that stay would leave holes (the heap grows
-            # by a block at a time), and many times faster than bmm's products of one row.
-            dot_B = torch.stack([torch.dot(e_V, x_V) for e_V, x_V in zip(e_BV, x_BV, strict=True)])
-            self.entropy_N[rows] = sum_B.log() - dot_B / sum_B
+        softmax = self._softmax(rows, x_BV)
         dlogp_B, dentropy_B = self._derivatives(rows)
         if not self.with_gradient or dlogp_B is None:
             return
-        self._gradient(rows, x_BV, e_BV, sum_B, dlogp_B, dentropy_B)
+        self._gradient(rows, x_BV, softmax, dlogp_B, dentropy_B)
         if slope_BV is not None:
             x_BV.mul_(slope_BV)
         if x_BV is not logits_BV:
             logits_BV.copy_(x_BV)
+
+    def _softmax(self, rows: slice, x_BV: Tensor) -> _Softmax:
+        """Log-probs and entropies of these rows, and their exponentials."""
+        at_B1 = self.target_N[rows, None]
+        target_x_B = x_BV.gather(1, at_B1)[:, 0]
+        e_BV = torch.exp(x_BV, out=self.scratch_BV[: len(x_BV)])
+        own_B = target_x_B.exp()
+        e_BV.scatter_(1, at_B1, 0)
+        others_B = e_BV.sum(1)
+        sum_B = own_B + others_B
+        log_sum_B = torch.where(target_x_B == 0, others_B.log1p(), sum_B.log())
+        self.logp_N[rows] = target_x_B - log_sum_B
+        if self.entropy_N is not None:
+            # Row by row: no [B, V] scratch, which between small tensors that stay would leave holes (the heap grows
+            # by a block at a time), and many times faster than bmm's products of one row.
+            dot_B = torch.stack([torch.dot(e_V, x_V) for e_V, x_V in zip(e_BV, x_BV, strict=True)])
+            self.entropy_N[rows] = log_sum_B - (dot_B + own_B * target_x_B) / sum_B
+        return _Softmax(e_BV, own_B, others_B, sum_B, log_sum_B)
 
     def _finish_logits(self, x_BV: Tensor) -> Tensor | None:
         """Soft-cap, then temperature, in place; returns d finished / d raw where it is not 1."""
@@ -123,13 +145,16 @@ class _Work:
         return losses.dlogp_N, losses.dentropy_N if self.step.loss.entropy_coef != 0 else None
 
     def _gradient(
-        self, rows: slice, x_BV: Tensor, e_BV: Tensor, sum_B: Tensor, dlogp_B: Tensor, dentropy_B: Tensor | None
+        self, rows: slice, x_BV: Tensor, softmax: _Softmax, dlogp_B: Tensor, dentropy_B: Tensor | None
     ) -> None:
         """x ← g (1[v = target] − p) − h p (log p + H), by the finished logits; p = e / sum, log p = x − log sum."""
+        e_BV, own_B, others_B, sum_B, log_sum_B = softmax
+        at_target_B = dlogp_B * others_B
         if dentropy_B is None:
             torch.mul(e_BV, (-dlogp_B / sum_B)[:, None], out=x_BV)
         else:
             assert self.entropy_N is not None
-            offset_B = dlogp_B + dentropy_B * (self.entropy_N[rows] - sum_B.log())
+            at_target_B = at_target_B - dentropy_B * own_B * (self.logp_N[rows] + self.entropy_N[rows])
+            offset_B = dlogp_B + dentropy_B * (self.entropy_N[rows] - log_sum_B)
             x_BV.mul_(dentropy_B[:, None]).add_(offset_B[:, None]).mul_(e_BV.div_(-sum_B[:, None]))
-        x_BV.scatter_add_(1, self.target_N[rows, None], dlogp_B[:, None])
+        x_BV.scatter_(1, self.target_N[rows, None], (at_target_B / sum_B)[:, None])
