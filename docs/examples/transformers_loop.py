@@ -10,6 +10,7 @@ more after 30 steps:
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import torch
 from ilr_kernels.advantage import calibrated_advantage
@@ -22,7 +23,7 @@ PROMPTS, SAMPLES, PROMPT_TOKENS, NEW_TOKENS, UPDATES = 4, 8, 4, 12, 2
 LOSS = PolicyLoss(clip_low=0.2, clip_high=0.28)
 
 
-def make_model(folder: str | None, device: str) -> torch.nn.Module:
+def make_model(folder: str | None, device: str) -> Any:
     """The model of a folder in bfloat16 on a GPU, or a tiny one with random weights."""
     if folder:
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -33,7 +34,7 @@ def make_model(folder: str | None, device: str) -> torch.nn.Module:
 
 
 @torch.no_grad()
-def sample(model: torch.nn.Module) -> Tensor:
+def sample(model: Any) -> Tensor:
     """Random prompts, each continued SAMPLES times: token ids [PROMPTS · SAMPLES, PROMPT_TOKENS + NEW_TOKENS]."""
     prompts = torch.randint(model.config.vocab_size, (PROMPTS, PROMPT_TOKENS), device=model.device)
     tokens = prompts.repeat_interleave(SAMPLES, 0)
@@ -43,7 +44,7 @@ def sample(model: torch.nn.Module) -> Tensor:
     return tokens
 
 
-def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[float, float]:
+def step(model: Any, optimizer: torch.optim.Optimizer) -> tuple[float, float]:
     """Samples, and updates the model twice on what it sampled; returns the mean reward and entropy."""
     tokens = sample(model)
     reward_S = (tokens[:, PROMPT_TOKENS:] % 2 == 0).float().mean(1)

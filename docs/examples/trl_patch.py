@@ -66,11 +66,12 @@ class LogprobHead:
         if not {"log_probs", "entropy"}.issuperset(outputs):
             return self.original.apply(hidden, weight, bias, target, temperature, chunk, softcap, scale, outputs)
         hidden, weight, bias = in_one_dtype(hidden, weight, bias)
-        options = {"bias_V": bias, "temperature": temperature, "softcap": softcap}
-        if "entropy" not in outputs:
-            return linear_logprob(_scaled(hidden, scale), weight, target, **options), None, None, None, None
-        found = linear_logprob(_scaled(hidden, scale), weight, target, **options, with_entropy=True)
-        return *found, None, None, None
+        hidden = hidden if scale == 1 else hidden * scale
+        options: dict[str, Any] = {"bias_V": bias, "temperature": temperature, "softcap": softcap}
+        with torch.autocast(hidden.device.type, enabled=False):
+            found = linear_logprob(hidden, weight, target, **options, with_entropy="entropy" in outputs)
+        logp, entropy = found if isinstance(found, tuple) else (found, None)
+        return logp, entropy, None, None, None
 
 
 def uncovered(trainer: Any, inputs: dict[str, Any]) -> str | None:
@@ -140,7 +141,7 @@ def fused_loss(trainer: Any, model: torch.nn.Module, inputs: dict[str, Any]) -> 
         softcap=getattr(base.config.get_text_config(), "final_logit_softcapping", None),
         with_logp=True,
     )
-    logp_BC, entropy_BC = (stats[name].view(b, c).nan_to_num(0) for name in ("logp_T", "entropy_T"))
+    logp_BC, entropy_BC = (stats[name].view(b, c).masked_fill(mask_BC == 0, 0) for name in ("logp_T", "entropy_T"))
     log_ratio_BC = torch.zeros_like(logp_BC) if old_BC is None else (logp_BC - old_BC) * mask_BC
     kl_BC = None
     if ref_BC is not None:
@@ -157,7 +158,7 @@ def policy_loss(trainer: Any) -> PolicyLoss:
     """TRL's settings as ours: its cispo has no lower bound and an upper one that counts from 0."""
     ratio = "sequence" if trainer.importance_sampling_level == "sequence" else "token"
     if trainer.loss_type == "cispo":
-        bounds = {"objective": "cispo", "clip_low": 1.0, "clip_high": trainer.epsilon_high - 1}
+        bounds: dict[str, Any] = {"objective": "cispo", "clip_low": 1.0, "clip_high": trainer.epsilon_high - 1}
     else:
         bounds = {"clip_low": trainer.epsilon_low, "clip_high": trainer.epsilon_high, "dual_clip": trainer.args.delta}
     kl = "k2" if trainer.args.use_bias_correction_kl else "k3"  # k2 has the gradient of r · k3
@@ -217,7 +218,3 @@ def in_one_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[T
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-
-
-def _scaled(hidden: Tensor, scale: float) -> Tensor:
-    return hidden if scale == 1 else hidden * scale

@@ -1,10 +1,10 @@
 """Times TRL's training step before and after `trl_patch.patch`: milliseconds and peak memory, as JSON.
 
 A model of random weights, prompts and completions of random tokens, no generation: what is timed is `compute_loss` and
-backward of one micro-batch, as TRL's trainer calls them. The loss before and after is compared first, and a time is
-given only where they agree. `head` is the patch where it falls back on TRL's loss (our log-probs alone), `liger` is
-liger-kernel's `LigerFusedLinearGRPOLoss` on the same hidden states, where it is installed (TRL 1.16 itself takes
-only layers from there).
+backward of one micro-batch, as TRL's trainer calls them, the variants in turns. Loss and gradient are compared with
+TRL's own first, and a time is given only where they agree. `head` is the patch where it falls back on TRL's loss (our
+log-probs alone), `liger` is liger-kernel's `LigerFusedLinearGRPOLoss` on the same hidden states, where it is installed
+(TRL 1.16 itself takes only layers from there).
 
     python docs/examples/trl_time.py --shape 1.5b --batch 16 --completion 512 --out trl_step.json
 """
@@ -12,11 +12,14 @@ only layers from there).
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import statistics
+import subprocess
+import sys
 import tempfile
-from collections.abc import Callable
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
     "3b": (2048, 11008, 36, 16, 2, 151936),
 }
 PROMPT_TOKENS = 128
+MOST_ERROR = 0.1  # of the loss or the gradient, beside TRL's, both in bfloat16
 
 
 def make_trainer(shape: str, batch: int, completion: int, device: str, **settings: Any) -> Any:
@@ -136,26 +140,58 @@ def variant(name: str, trainer: Any):
         undo()
 
 
-def measure(step: Callable[[Any], torch.Tensor], inputs: Any, model: torch.nn.Module, rounds: int) -> dict[str, float]:
-    """Milliseconds by device events (median, least, most) and the peak of memory beyond what was held before."""
+def first_step(name: str, trainer: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A variant's loss and its gradient of the LM head, after which everything is compiled."""
     for _ in range(2):
-        model.zero_grad(set_to_none=True)
-        loss = step(inputs)
-    model.zero_grad(set_to_none=True)
-    torch.cuda.synchronize()
-    held, times = torch.cuda.memory_allocated(), []
-    torch.cuda.reset_peak_memory_stats()
-    for _ in range(rounds):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        trainer.model.zero_grad(set_to_none=True)
+        with variant(name, trainer) as step:
+            loss = step(inputs)
+    gradient = trainer.model.get_output_embeddings().weight.grad.clone()
+    trainer.model.zero_grad(set_to_none=True)
+    return loss, gradient
+
+
+def timed_step(name: str, trainer: Any, inputs: dict[str, torch.Tensor]) -> tuple[float, float]:
+    """Milliseconds by device events, and GiB at the peak beyond what was held before (gradients are in it)."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    held = torch.cuda.memory_allocated()
+    with variant(name, trainer) as step:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
         start.record()
         step(inputs)
         end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-        model.zero_grad(set_to_none=True)
+    torch.cuda.synchronize()
     gib = (torch.cuda.max_memory_allocated() - held) / 2**30
-    ms = {"ms": statistics.median(times), "ms_min": min(times), "ms_max": max(times)}
-    return {**ms, "peak_gib": gib, "loss": float(loss)}
+    trainer.model.zero_grad(set_to_none=True)
+    return start.elapsed_time(end), gib
+
+
+def errors_beside_trl(names: list[str], trainer: Any, inputs: dict[str, torch.Tensor]) -> dict[str, float | str]:
+    """Each variant's relative error to TRL in loss and gradient, whichever is larger, or why there is none."""
+    loss, gradient = first_step("trl", trainer, inputs)
+    found: dict[str, float | str] = {}
+    for name in names:
+        try:
+            its_loss, its_gradient = first_step(name, trainer, inputs)
+        except Exception as error:  # a peer that is missing, does not compile or needs more memory than there is
+            if name == "patched":
+                raise
+            found[name] = f"{type(error).__name__}: {error}"[:200]
+            continue
+        of_gradient = (its_gradient - gradient).float().norm() / gradient.float().norm()
+        found[name] = max(float((its_loss - loss).abs() / loss.abs()), float(of_gradient))
+        if found[name] > MOST_ERROR:  # type: ignore[operator]
+            found[name] = f"off by {found[name]:.3f}: no time is given"
+    return found
+
+
+def output(*command: str) -> str | None:
+    """What a command prints, None where it is missing or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def main() -> None:
@@ -170,25 +206,31 @@ def main() -> None:
     trainer = make_trainer(args.shape, args.batch, args.completion, "cuda", loss_type="bnpo")
     trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     inputs = make_inputs(trainer, args.batch, args.completion)
-    rows: list[dict[str, Any]] = []
-    for name in args.variants.split(","):
-        try:
-            with variant(name, trainer) as step:
-                rows.append({"variant": name, **measure(step, inputs, trainer.model, args.rounds)})
-        except Exception as error:  # a peer that is missing, does not compile or needs more memory than there is
-            if name == "patched":
-                raise
-            rows.append({"variant": name, "not_measured": f"{type(error).__name__}: {error}"[:200]})
-        trainer.model.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
-        print(json.dumps(rows[-1]))
-    losses = {row["variant"]: row["loss"] for row in rows if "loss" in row}
-    first = next(iter(losses.values()))
-    if wrong := {name: loss for name, loss in losses.items() if abs(loss - first) > 1e-2 * max(1, abs(first))}:
-        raise SystemExit(f"losses differ, no time is written: {wrong} beside {first}")
+    errors = errors_beside_trl(args.variants.split(","), trainer, inputs)
+    measured = [name for name, error in errors.items() if not isinstance(error, str)]
+    torch.cuda.empty_cache()
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in measured}
+    for _ in range(args.rounds):
+        for name in measured:
+            taken[name].append(timed_step(name, trainer, inputs))
     shape = f"{args.shape}, {args.batch} x ({PROMPT_TOKENS} + {args.completion}) tokens, bf16, gradient checkpointing"
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    found = {"device": torch.cuda.get_device_name(), "versions": versions, "shape": shape, "rows": rows}
+    rows = []
+    for name, error in errors.items():
+        ms, gib = zip(*taken[name], strict=True) if name in taken else ((), ())
+        times = {"ms": statistics.median(ms), "ms_min": min(ms), "ms_max": max(ms), "extra_gib": max(gib)} if ms else {}
+        empty = dict.fromkeys(("ms", "ms_min", "ms_max", "extra_gib", "limit_ms", "over_limit"))
+        rows.append({"variant": name, "shape": shape, **empty, **times, "error": error})
+        print(json.dumps(rows[-1]))
+    versions = {name: metadata.version(name) for name in ("torch", "triton", "transformers", "trl")}
+    found = {
+        "device": torch.cuda.get_device_name(),
+        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "versions": versions,
+        "commit": output("git", "rev-parse", "--short", "HEAD"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": "python " + " ".join(sys.argv),
+        "rows": rows,
+    }
     args.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
