@@ -63,8 +63,8 @@ CASES = {
     "dapo of a larger generation": {"loss_type": "dapo", "steps_per_generation": 3},
     "grpo off-policy": {"loss_type": "grpo", "off_policy": True},
     "two bounds": {"loss_type": "dapo", "epsilon": 0.1, "epsilon_high": 0.3, "off_policy": True},
-    "delta": {"loss_type": "bnpo", "delta": 1.5, "off_policy": True},
-    "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence", "off_policy": True},
+    "delta": {"loss_type": "bnpo", "delta": 1.25, "off_policy": True},
+    "gspo": {"loss_type": "grpo", "epsilon": 0.02, "importance_sampling_level": "sequence", "off_policy": True},
     "cispo": {"loss_type": "cispo", "epsilon_high": 1.3, "off_policy": True},
     "temperature": {"loss_type": "grpo", "temperature": 0.7},
     "grpo with KL": {"loss_type": "grpo", "beta": 0.2},
@@ -78,6 +78,7 @@ CASES = {
     "bfloat16": {"loss_type": "dapo", "off_policy": True, "bfloat16": True},
 }
 NOT_COVERED = {
+    "delta within the clip": {"loss_type": "bnpo", "delta": 1.1, "off_policy": True},
     "sapo": {"loss_type": "sapo"},
     "KL off-policy without the ratio": {
         "loss_type": "grpo",
@@ -97,6 +98,7 @@ def trainer_and_inputs(example, case):
     extra = ("beta", "off_policy", "importance_sampling", "tools", "bfloat16")
     settings = {name: value for name, value in case.items() if name not in extra}
     trainer = time.make_trainer("tiny", B, C, "cpu", **settings)
+    trainer.current_gradient_accumulation_steps = 2
     trainer.beta = case.get("beta", 0.0)  # given to the config, it would load a reference model
     if case.get("bfloat16"):
         trainer.model.bfloat16()
