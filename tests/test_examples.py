@@ -110,7 +110,9 @@ def trainer_and_inputs(example, case):
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
         logp = trainer._get_per_token_logps_and_entropies(trainer.model, tokens, mask, C)[0]
     if case.get("off_policy"):
-        inputs["old_per_token_logps"] = logp + 0.25 * torch.randn(B, C, generator=g)
+        shift = -0.3 if "delta" in case else 0.15  # delta acts where a bad token became likelier
+        towards_the_clip = shift * inputs["advantages"].sign()[:, None]
+        inputs["old_per_token_logps"] = logp - towards_the_clip + 0.25 * torch.randn(B, C, generator=g)
     if trainer.beta != 0:
         inputs["ref_per_token_logps"] = logp + 0.5 * torch.randn(B, C, generator=g)
     if case.get("importance_sampling"):
