@@ -8,21 +8,18 @@ ratio to it; `error` is found before any time is taken; what was not measured is
 
 from __future__ import annotations
 
-import datetime
 import json
-import os
-import platform
 import statistics
-import subprocess
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
+from ilr_fast.environment import environment
 
-RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "triton", "transformers", "vllm", "numpy")
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results" if (HERE.parent / "pyproject.toml").exists() else Path("benchmarks/results")
+PEERS = ("liger-kernel", "cut-cross-entropy")
 
 
 def row(
@@ -53,56 +50,22 @@ def row(
     }
 
 
-def write_results(name: str, rows: Sequence[Mapping[str, Any]], command: str) -> Path:
+def write_results(name: str, rows: Sequence[Mapping[str, Any]], command: str, folder: Path | None = None) -> Path:
     """Writes the rows with device, driver, versions, commit, date and command; returns the file's path."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({**environment(), "command": command, "rows": list(rows)}, indent=1) + "\n")
+    folder = folder or RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    where = environment(command)
+    where["versions"] |= _peers()
+    path.write_text(json.dumps({**where, "rows": list(rows)}, indent=1) + "\n")
     return path
 
 
-def environment() -> dict[str, Any]:
-    """Device, driver (null without a GPU), versions, commit (with `+` where files differ from it) and date (UTC)."""
-    return {
-        "device": _device(),
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "versions": _versions(),
-        "commit": _commit(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _device() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    return f"CPU {model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
+def _peers() -> dict[str, str]:
+    versions = {}
+    for package in PEERS:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
     return versions
-
-
-def _commit() -> str | None:
-    commit = _output("git", "rev-parse", "--short", "HEAD")
-    return commit and commit + ("+" if _output("git", "status", "--porcelain", "--untracked-files=no") else "")
-
-
-def _output(*command: str) -> str | None:
-    """The first line a command prints, None where it is missing, fails or says nothing."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=Path(__file__).parent)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    lines = done.stdout.strip().splitlines()
-    return lines[0] if done.returncode == 0 and lines else None

@@ -183,6 +183,22 @@ def _get_model(options: argparse.Namespace) -> None:
     print(get_model(options.name, Path(options.folder) if options.folder else None))
 
 
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("names", nargs="*", metavar="NAME", help="which benchmarks; default: all that fit this machine")
+    parser.add_argument("--rounds", type=int, default=7, help="how often each variant is timed (default 7)")
+    parser.add_argument("--out", default=None, metavar="DIR", help="folder of the JSON; default: benchmarks/results")
+    parser.add_argument("--quick", action="store_true", help="small shapes, to see that everything runs")
+    parser.add_argument("--only-ours", action="store_true", help="leave out plain PyTorch and other libraries")
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from ilr_benchmarks.bench import bench
+
+    out = Path(options.out) if options.out else None
+    bench(options.names, rounds=options.rounds, out=out, quick=options.quick, only_ours=options.only_ours,
+          command=_command_line())
+
+
 def _list(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
@@ -198,6 +214,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Command, st
     "report": (_add_runs, _report, "write report.html for one run or several"),
     "show": (_add_show, _show, "read a run's dialogues"),
     "ablate": (_add_config, _ablate, "base, GRPO, ILR and its parts from one config"),
+    "bench": (_add_bench, _bench, "the kernels' benchmarks: errors first, then times beside the limit"),
     "get-model": (_add_get_model, _get_model, "a small real model as a Hugging Face folder"),
 }
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = {"ilr_fast": ROOT / "ilr_fast", "ilr_kernels": ROOT / "kernels"}
+PACKAGES = {"ilr_fast": ROOT / "ilr_fast", "ilr_kernels": ROOT / "kernels", "ilr_benchmarks": ROOT / "benchmarks"}
 HEAVY = {"torch", "transformers", "vllm", "peft", "triton"}
 
 # Names below ilr_fast, lowest layer first.
@@ -28,13 +28,13 @@ LAYERS = {
     "agents together": """hosts hosts.* team rollout context score ability difficulty ranking ranking_* checkpoint
         failures metrics trackers steplog progress runfolder""",
     "runs": """session heldout interaction alone evaluate evaluate_* benchmarks benchmarks.* train ablate merge finish
-        show report report.* docs_config""",
+        show report report.* docs_config ilr_benchmarks.*""",
     "commands": "cli",
 }
 PURE = """types errors own quoting statistics interrupt durable config config_* data benchmark_sets tasks tasks.*
     rewards rewards.* protocols protocols.* chat hosts rollout context score ability difficulty ranking ranking_*
     checkpoint failures metrics trackers steplog progress runfolder environment dialogue_rows transcripts report
-    report.* show docs_config cli"""
+    report.* show docs_config cli ilr_benchmarks.bench"""
 
 
 def short(module: str) -> str:

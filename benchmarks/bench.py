@@ -1,0 +1,77 @@
+"""`ilr-fast bench [NAME …]`: runs benchmarks, prints a table of each and writes their JSON.
+
+    ilr-fast bench lm_head advantage
+
+Without names, all that fit the machine. Errors are found first; a variant whose error is too large gets no time, and the
+exit status is then 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from ilr_fast.errors import RunError, UserError, nearest
+
+GPU = ("lm_head", "lm_head_shapes", "advantage")
+CPU = ("lm_head_cpu",)
+
+
+def bench(
+    names: Sequence[str], *, rounds: int, out: Path | None, quick: bool, only_ours: bool, command: str
+) -> list[Path]:
+    """Runs the named benchmarks; returns the JSON files. Raises RunError after all where a variant was wrong."""
+    known = (*GPU, *CPU)
+    for name in names:
+        if name not in known:
+            raise UserError(f"unknown benchmark {name!r}", "bench", nearest(name, known))
+    if rounds < 1:
+        raise UserError(f"{rounds} rounds", "--rounds", "give at least 1")
+    device = _device(names, quick)
+    paths, wrong = [], []
+    for name in names or (GPU if device == "cuda" else CPU):
+        run: Callable[..., list[dict[str, Any]]] = import_module(f"ilr_benchmarks.{name}").run
+        rows = run(rounds=rounds, quick=quick, only_ours=only_ours, device="cpu" if name in CPU else device)
+        print(f"\n{name}\n{table(rows)}")
+        from ilr_benchmarks.common import write_results
+
+        paths.append(write_results(name + ("_quick" if quick else ""), rows, command, out))
+        print(f"written: {paths[-1]}")
+        wrong += [f"{name}: {row['variant']}" for row in rows if row.get("status", "").startswith("wrong")]
+    if wrong:
+        raise RunError(f"wrong and therefore not timed: {'; '.join(wrong)}")
+    return paths
+
+
+def _device(names: Sequence[str], quick: bool) -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    needs = [name for name in names if name in GPU]
+    if needs and not quick:
+        raise UserError(f"{needs[0]} needs an NVIDIA GPU", "bench", "--quick runs its variants on the CPU, at small sizes")
+    return "cpu"
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Variant, ms, × limit, extra GiB, error and targets, by shape."""
+    lines: list[str] = []
+    shape = None
+    for row in rows:
+        if row["shape"] != shape:
+            shape = row["shape"]
+            lines += [shape, f"  {'variant':46}{'ms':>10}{'× limit':>9}{'GiB':>7}{'error':>10}  target"]
+        met = {True: "met", False: "NOT met", None: ""}[row.get("met")]
+        ms = "—" if row["ms"] is None else f"{row['ms']:.4g}"
+        told = row.get("status", "timed")
+        target = f"{row.get('target') or ''} {met}" if told == "timed" else told
+        numbers = f"{ms:>10}{_number(row['over_limit'], '.3f'):>9}{_number(row['extra_gib'], '.2f'):>7}"
+        lines.append(f"  {row['variant']:46}{numbers}{_number(row['error'], '.1e'):>10}  {target}".rstrip())
+    return "\n".join(lines)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)

@@ -1,0 +1,99 @@
+"""The shapes that others publish: Liger's CuTe cross-entropy, TRL's issue 7244, RL-Kernel's table, given logits.
+
+    ilr-fast bench lm_head_shapes
+
+The limit is three whole products of the same work, or for given logits one read at the bandwidth of a copy of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from ilr_benchmarks.lm_head import BONUS, GRPO, LIMIT, Products, Truth, loss
+from ilr_benchmarks.measure import Case, Outputs, Target, measure
+from ilr_benchmarks.problem import Problem, logprob_truth, policy_truth
+from ilr_kernels import reference
+from ilr_kernels.lm_head import linear_logprob, logits_logprob
+from torch import Tensor
+
+LOSS_SHAPES = ((8192, 4096, 131072, 1.06, None), (8192, 4096, 151936, 1.05, 2.2))
+LOGPROB_SHAPE, LOGITS_SHAPE = (4096, 2048, 131072), (8192, 151936)
+COPY = "copy of the logits"
+
+
+def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> list[dict[str, Any]]:
+    """Rows of all four."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    rows = []
+    for n, d, v, bound, gib in LOSS_SHAPES[:1] if quick else LOSS_SHAPES:
+        n, d, v = (64, 32, 1000) if quick else (n, d, v)
+        rows += _run(loss_cases(Problem.make(n, d, v, device, dtype), bound, gib), (n, d, v), rounds, device)
+    n, d, v = (64, 32, 1000) if quick else LOGPROB_SHAPE
+    rows += _run(logprob_cases(Problem.make(n, d, v, device, dtype)), (n, d, v), rounds, device)
+    n, v = (64, 1000) if quick else LOGITS_SHAPE
+    torch.manual_seed(0)
+    logits_TV = (2 * torch.randn(n, v, device=device)).to(dtype)
+    target_T = torch.randint(v, (n,), device=device)
+    rows += measure(logits_cases(logits_TV, target_T), f"N={n} V={v} given logits", rounds, device)
+    return rows
+
+
+def _run(cases: list[Case], shape: tuple[int, int, int], rounds: int, device: str) -> list[dict[str, Any]]:
+    return measure(cases, "N={} D={} V={}".format(*shape), rounds, device)
+
+
+def loss_cases(x: Problem, bound: float, gib: float | None) -> list[Case]:
+    truth = Truth(x, GRPO, policy_truth)
+    buffer_VD = torch.zeros_like(x.weight_VD, requires_grad=False)
+    targets = (Target("limit", bound), *([] if gib is None else [Target("gib", gib)]))
+    work = lambda: loss(x, weight_grad_VD=buffer_VD)  # noqa: E731
+    return [
+        Case(LIMIT, Products(x).whole),
+        Case("ours, into a gradient of the weight's dtype", work, truth.error(), limit=LIMIT, targets=targets,
+             prepare=buffer_VD.zero_),
+        Case("ours, new dweight", lambda: loss(x), truth.error(), limit=LIMIT),
+        Case("ours, entropy_coef=0.01", lambda: loss(x, loss=BONUS), Truth(x, BONUS).error(), limit=LIMIT),
+    ]  # fmt: skip
+
+
+def logprob_cases(x: Problem) -> list[Case]:
+    truth = Truth(x, GRPO, lambda y, _: logprob_truth(y))
+    target = (Target("limit", 1.15),)
+    return [
+        Case(LIMIT, Products(x).whole),
+        Case("ours, linear_logprob(keep_softmax=True)", lambda: logprob(x, True), truth.error(), limit=LIMIT,
+             targets=target),
+        Case("ours, linear_logprob", lambda: logprob(x, False), truth.error(), limit=LIMIT),
+    ]  # fmt: skip
+
+
+def logprob(x: Problem, keep_softmax: bool) -> Outputs:
+    x.forget()
+    logp_N = linear_logprob(x.hidden_ND, x.weight_VD, x.target_N, keep_softmax=keep_softmax)
+    assert isinstance(logp_N, Tensor)
+    logp_N.backward(x.advantage_N)
+    found = {"logp": logp_N.detach(), "dhidden": x.hidden_ND.grad, "dweight": x.weight_VD.grad}
+    x.forget()
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def logits_cases(logits_TV: Tensor, target_T: Tensor) -> list[Case]:
+    """A copy reads and writes: half its time is one read at its bandwidth."""
+    copy_TV = torch.empty_like(logits_TV)
+
+    def error(found: tuple[Tensor, Tensor]) -> float:
+        worst = 0.0
+        for rows in range(0, len(target_T), 512):
+            part = slice(rows, rows + 512)
+            exact = reference.logits_logprob(logits_TV[part].double(), target_T[part], with_entropy=True)
+            for a, b in zip(found, exact, strict=True):
+                worst = max(worst, float((a[part].double() - b).norm() / b.norm().clamp(min=1e-30)))
+                worst = worst if bool(torch.isfinite(a[part]).all()) else float("inf")
+        return worst
+
+    return [
+        Case(COPY, lambda: copy_TV.copy_(logits_TV)),
+        Case("ours, logits_logprob with entropy", lambda: logits_logprob(logits_TV, target_T, with_entropy=True), error,
+             tolerance=1e-4, limit=COPY, limit_scale=0.5, targets=(Target("limit", 1.15),)),
+    ]  # fmt: skip
