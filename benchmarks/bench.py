@@ -2,8 +2,8 @@
 
     ilr-fast bench lm_head advantage
 
-Without names, all that fit the machine. Errors are found first; a variant whose error is too large gets no time, and the
-exit status is then 1.
+Without names, all that fit the machine. Errors are found first; a variant whose error is too large gets no time, and
+the exit status is then 1.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _device(names: Sequence[str], quick: bool) -> str:
         return "cuda"
     needs = [name for name in names if name in GPU]
     if needs and not quick:
-        raise UserError(f"{needs[0]} needs an NVIDIA GPU", "bench", "--quick runs its variants on the CPU, at small sizes")
+        raise UserError(f"{needs[0]} needs an NVIDIA GPU", "bench", "--quick runs its variants on the CPU, small")
     return "cpu"
 
 

@@ -25,8 +25,8 @@ SMALL_CHUNK = 1024
 GRPO, GSPO, BONUS = PolicyLoss(), PolicyLoss(ratio="sequence"), PolicyLoss(entropy_coef=0.01)
 LIMIT, ONE, OURS = "limit: three whole products", "limit: one product", "ours, new dweight"
 # targets by hidden size: (4096, 896)
-T = {"loss": (1.05, 1.20), "exact": (1.18, 1.45), "liger": (12, 25), "cce": (4, 3.3), "gib": (2.2, 1.5), "half": (0.56, 0.58),
-     "half_all": (0.72, 0.74), "frozen": (0.72, 0.72), "forward": (1.10, 1.20)}  # fmt: skip
+T = {"loss": (1.05, 1.20), "exact": (1.18, 1.45), "liger": (12, 25), "cce": (4, 3.3), "gib": (2.2, 1.5), 
+     "half": (0.56, 0.58), "half_all": (0.72, 0.74), "frozen": (0.72, 0.72), "forward": (1.10, 1.20)}  # fmt: skip
 
 
 def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> list[dict[str, Any]]:
@@ -52,7 +52,9 @@ def cases(x: Problem, column: int, only_ours: bool) -> list[Case]:
     buffer_VD = torch.zeros_like(x.weight_VD, requires_grad=False)
     exact_VD = torch.zeros_like(buffer_VD, dtype=torch.float32)
     live = zero.advantage_N != 0
-    against = () if only_ours else (Target("faster", t["liger"], "Liger"), Target("faster", t["cce"], "cut-cross-entropy"))
+    against = () if only_ours else tuple(
+        Target("faster", t[key], name) for key, name in (("liger", "Liger"), ("cce", "cut-cross-entropy"))
+    )
     small = (Target("gib", 0.6), Target("limit", 1.25)) if column == 0 else ()
 
     def ours(name: str, truth: Truth, work: Callable[[], Outputs], *targets: Target, keep: Tensor | None = None,
@@ -76,8 +78,9 @@ def cases(x: Problem, column: int, only_ours: bool) -> list[Case]:
         ours("ours, frozen head", base, lambda: loss(x, frozen=True), Target("share", t["frozen"], OURS)),
     ]  # fmt: skip
     if not only_ours:
-        found += [Case(name, work, base.error(), tolerance=0.1, limit=LIMIT, most_rounds=most)
-                  for name, work, most in [("plain PyTorch, whole logits", lambda: loss(x, reference), 3), *peers.works(x)]]  # fmt: skip
+        others = [("plain PyTorch, whole logits", lambda: loss(x, reference), 3), *peers.works(x)]
+        for name, work, most in others:
+            found.append(Case(name, work, base.error(), tolerance=0.1, limit=LIMIT, most_rounds=most))
     return [
         *found,
         ours("ours, half of the rows without advantage", zeros, lambda: loss(zero), Target("share", t["half"], OURS),

@@ -1,7 +1,7 @@
 """Inputs of the LM head's benchmarks at a real scale, and their float64 truth, chunk by chunk.
 
-Logits have a standard deviation of 2; a tenth of the rows has a ratio far outside the clip range and the others one well
-inside, so that no variant's rounding decides which rows are clipped. Advantages belong to 16 turns, as in GRPO.
+Logits have a standard deviation of 2. A tenth of the rows has a ratio far outside the clip range and the others one
+well inside, so that no variant's rounding decides which rows are clipped. Advantages belong to 16 turns, as in GRPO.
 """
 
 from __future__ import annotations
