@@ -22,7 +22,7 @@ from ilr_kernels import lm_head_checks as checks
 from ilr_kernels.backend import uses_triton
 from ilr_kernels.lm_head_autograd import FormedGradients, LinearLogprob, choose_sweep, differentiates, make_buffers
 from ilr_kernels.policy_loss import PolicyLoss, TokenInputs, TokenLoss, Turns, mean_stats, sum_stats, token_loss
-from ilr_kernels.rows import capturing, put, take
+from ilr_kernels.rows import capturing, counted, needed_rows, put, take
 from ilr_kernels.sweep import Given, Gradients, Head, Policy, Swept, accumulation_dtype
 from torch import Tensor
 
@@ -57,7 +57,7 @@ def linear_logprob(
         target_T = torch.where(ignored_T, 0, target_T)
     else:
         ignored_T = None
-        rows = checks.needed_rows(target_T != checks.IGNORED, target_T, len(weight_VD))
+        rows = needed_rows(target_T, (), len(weight_VD))
     keep_softmax = keep_softmax and differentiates(hidden_TD, weight_VD, bias_V, None)
     logp_T, entropy_T = LinearLogprob.apply(
         hidden_TD, weight_VD, bias_V, target_T, rows, temperature, softcap, with_entropy, keep_softmax
@@ -86,7 +86,7 @@ def logits_logprob(
     checks.check_logits(logits_TV, target_T, temperature, softcap)
     ignored_T = target_T == checks.IGNORED
     if not capturing(logits_TV):
-        checks.needed_rows(~ignored_T, target_T, logits_TV.shape[1])
+        needed_rows(target_T, (), logits_TV.shape[1])
     target_T = torch.where(ignored_T, 0, target_T)
     if uses_triton(logits_TV):
         from ilr_kernels.lm_head_triton import read_logits as read
@@ -153,10 +153,11 @@ def linear_policy_loss(
     checks.check_chunk(chunk)
     forms_gradients = differentiates(hidden_TD, weight_VD, bias_V, weight_grad_VD)
     with torch.no_grad():
-        target_T, vectors, valid_T = _masked(hidden_TD, target_T, vectors)
-        rows, rest, turns = _needed_rows(
-            loss, valid_T, target_T, len(weight_VD), advantage_T, token_weight_T, turn_T, with_logp
-        )
+        if capturing(hidden_TD):
+            target_T, vectors = _masked(target_T, vectors)
+            rows, turns = None, _turns(loss, turn_T)
+        else:
+            rows, turns = _needed_rows(loss, target_T, len(weight_VD), advantage_T, token_weight_T, turn_T)
         dtype = accumulation_dtype(hidden_TD.dtype)
         inputs = TokenInputs(*(x if x is None else take(x, rows).to(dtype) for x in vectors.values()), turns)
         head = Head(weight_VD, bias_V, temperature, softcap)
@@ -164,8 +165,8 @@ def linear_policy_loss(
         grads = make_buffers(head, hidden_ND, hidden_TD.requires_grad, weight_grad_VD) if forms_gradients else None
         swept = _sweep_policy(head, hidden_ND, take(target_T, rows), loss, inputs, grads, chunk)
         stats = _stats(loss, swept, inputs, rows, len(target_T))
-        if rest is not None:
-            _fill_rest(head, hidden_TD, target_T, rest, chunk, stats)
+        if with_logp and rows is not None:
+            _fill_rest(head, hidden_TD, target_T, rows, chunk, stats)
         value = swept.losses.value_N.sum()
     if grads is None:
         return value, stats
@@ -201,50 +202,42 @@ def _sweep_policy(
     return swept._replace(losses=losses)
 
 
-def _masked(
-    hidden_TD: Tensor, target_T: Tensor, vectors: dict[str, Tensor | None]
-) -> tuple[Tensor, dict[str, Tensor | None], Tensor | None]:
-    """Where rows cannot be left out (a CUDA graph is captured): ignored rows as rows of zero weight.
-
-    Returns the targets, the vectors and which rows are valid, None while capturing: all are then computed.
-    """
+def _masked(target_T: Tensor, vectors: dict[str, Tensor | None]) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """Ignored rows as rows of zero weight, where none can be left out: while a CUDA graph is captured."""
     valid_T = target_T != checks.IGNORED
-    if not capturing(hidden_TD):
-        return target_T, vectors, valid_T
     masked = {name: None if x is None else torch.where(valid_T, x, 0) for name, x in vectors.items()}
-    return torch.where(valid_T, target_T, 0), masked, None
+    return torch.where(valid_T, target_T, 0), masked
+
+
+def _turns(loss: PolicyLoss, turn_T: Tensor | None) -> Turns | None:
+    return Turns.of(turn_T) if loss.over_turns and turn_T is not None else None
 
 
 def _needed_rows(
     loss: PolicyLoss,
-    valid_T: Tensor | None,
     target_T: Tensor,
     vocabulary: int,
     advantage_T: Tensor,
     weight_T: Tensor,
     turn_T: Tensor | None,
-    with_logp: bool,
-) -> tuple[Tensor | None, Tensor | None, Turns | None]:
-    """The rows that must be computed (None: all), the rest whose log-probs are asked for (or None), and the turns."""
-    turns = Turns.of(turn_T) if loss.over_turns and turn_T is not None else None
-    if valid_T is None:
-        return None, None, turns
-    needed_T = valid_T & (weight_T != 0)
-    if loss.beta == 0 and loss.entropy_coef == 0:
-        needed_T &= advantage_T != 0
-    if turns is not None:
-        needed_T = valid_T & (turns.sum(needed_T.float()) > 0)
-    rows = checks.needed_rows(needed_T, target_T, vocabulary)
-    if turns is not None and turn_T is not None and rows is not None:
-        turns = Turns.of(turn_T[rows])
-    rest = (valid_T & ~needed_T).nonzero()[:, 0] if with_logp and rows is not None else None
-    return rows, rest, turns
+) -> tuple[Tensor | None, Turns | None]:
+    """The rows that must be computed (None: all), and their turns. Targets are checked on the way."""
+    factors = (weight_T, advantage_T) if loss.beta == 0 and loss.entropy_coef == 0 else (weight_T,)
+    turns = _turns(loss, turn_T)
+    if turns is None or turn_T is None:
+        return needed_rows(target_T, factors, vocabulary), None
+    live_T = turns.sum(counted(target_T, factors).float()) > 0
+    rows = needed_rows(target_T, (live_T.float(),), vocabulary)
+    return rows, turns if rows is None else Turns.of(turn_T[rows])
 
 
 def _fill_rest(
-    head: Head, hidden_TD: Tensor, target_T: Tensor, rest: Tensor, chunk: int | None, stats: dict[str, Any]
+    head: Head, hidden_TD: Tensor, target_T: Tensor, rows: Tensor, chunk: int | None, stats: dict[str, Any]
 ) -> None:
-    """Log-probs and entropies of rows that the loss does not need."""
+    """Log-probs and entropies of the rows that the loss does not need."""
+    rest_T = target_T != checks.IGNORED
+    rest_T[rows] = False
+    rest = rest_T.nonzero()[:, 0]
     if len(rest) == 0:
         return
     hidden_ND = take(hidden_TD, rest)

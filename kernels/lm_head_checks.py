@@ -21,7 +21,7 @@ def check_head(
     temperature: float,
     softcap: float | None,
 ) -> None:
-    """Shapes, dtypes and devices; `needed_rows` looks at the targets."""
+    """Shapes, dtypes and devices; `rows.needed_rows` looks at the targets."""
     _require(hidden_TD.dim() == 2, f"hidden_TD must have two dimensions (tokens, hidden size), not {_shape(hidden_TD)}")
     _require(hidden_TD.dtype in FLOATS, f"hidden_TD must be a float tensor, not {hidden_TD.dtype}")
     _require(
@@ -57,21 +57,6 @@ def _check_target(target_T: Tensor, name: str, rows: Tensor) -> None:
 def _check_finish(temperature: float, softcap: float | None) -> None:
     _require(temperature > 0 and math.isfinite(temperature), f"temperature must be above 0, not {temperature}")
     _require(softcap is None or softcap > 0, f"softcap must be above 0 or None, not {softcap}")
-
-
-def needed_rows(needed_T: Tensor, target_T: Tensor, vocabulary: int) -> Tensor | None:
-    """The rows where `needed_T` holds, None where that is all of them; the targets are checked on the way.
-
-    The one place that waits for a GPU: both numbers are fetched at once.
-    """
-    outside_T = ((target_T < 0) | (target_T >= vocabulary)) & (target_T != IGNORED)
-    outside, needed = torch.stack((outside_T.sum(), needed_T.sum())).tolist()
-    if outside > 0:
-        row = int(outside_T.nonzero()[0])
-        raise ValueError(
-            f"target_T[{row}] = {int(target_T[row])} is outside the vocabulary of {vocabulary} (ignored: {IGNORED})"
-        )
-    return None if needed == len(needed_T) else torch.nonzero_static(needed_T, size=needed)[:, 0]
 
 
 def check_tokens(hidden_TD: Tensor, tokens: dict[str, Tensor | None]) -> None:

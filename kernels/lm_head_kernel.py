@@ -7,6 +7,7 @@ gradient is wanted, once more to overwrite it. Everything is calculated in float
 import triton
 import triton.language as tl
 from ilr_kernels.policy_loss_kernel import row_derivatives
+from ilr_kernels.softmax_product_kernel import log1p
 
 
 @triton.jit
@@ -66,8 +67,8 @@ def rows_kernel(
     o_v = tl.arange(0, BLOCK_V)
 
     peak = -float("inf")
-    total = 0.0  # Σ exp(x − peak)
-    moment = 0.0  # Σ exp(x − peak) (x − peak)
+    others = 0.0  # Σ over v ≠ target of exp(x − peak): a confident row's 1 − p is not rounded away
+    moment = 0.0  # Σ over v ≠ target of exp(x − peak) (x − peak)
     for start in range(0, vocabulary, BLOCK_V):
         m_v = start + o_v < vocabulary
         b_logit = tl.load(p_row + start + o_v, mask=m_v, other=0.0).to(tl.float32)
@@ -75,14 +76,18 @@ def rows_kernel(
         new_peak = tl.maximum(peak, tl.max(tl.where(m_v, b_x, -float("inf")), 0))
         drop = tl.where(start == 0, 0.0, peak - new_peak)
         b_x -= new_peak
-        b_e = tl.where(m_v, tl.exp(b_x), 0.0)
+        b_e = tl.where(m_v & (start + o_v != target), tl.exp(b_x), 0.0)
         scale = tl.exp(drop)
-        moment = scale * (moment + drop * total) + tl.sum(b_e * b_x, 0)
-        total = scale * total + tl.sum(b_e, 0)
+        moment = scale * (moment + drop * others) + tl.sum(b_e * b_x, 0)
+        others = scale * others + tl.sum(b_e, 0)
         peak = new_peak
-    log_sum = peak + tl.log(total)
-    logp = target_x - log_sum
-    entropy = tl.log(total) - moment / total
+    distance = target_x - peak
+    own = tl.exp(distance)
+    total = own + others
+    log_total = tl.where(distance == 0.0, log1p(others), tl.log(total))
+    log_sum = peak + log_total
+    logp = distance - log_total
+    entropy = log_total - (moment + own * distance) / total
     tl.store(p_logp + row, logp)
     tl.store(p_entropy + row, entropy)
 
@@ -93,11 +98,12 @@ def rows_kernel(
     )  # fmt: skip
 
     if GRADIENT:
+        at_target = (dlogp * others - dentropy * own * (logp + entropy)) / total
         for start in range(0, vocabulary, BLOCK_V):
             m_v = start + o_v < vocabulary
             b_logit = tl.load(p_row + start + o_v, mask=m_v, other=0.0).to(tl.float32)
             b_x, b_slope = _finish(b_logit, softcap, temperature, SOFTCAP)
             b_logp = b_x - log_sum
             b_dx = -tl.exp(b_logp) * (dlogp + dentropy * (b_logp + entropy))
-            b_dx += tl.where(start + o_v == target, dlogp, 0.0)
+            b_dx = tl.where(start + o_v == target, at_target, b_dx)
             tl.store(p_row + start + o_v, (b_dx * b_slope).to(p_logits.dtype.element_ty), mask=m_v)

@@ -61,12 +61,15 @@ def sweep(
     chunk = balanced(n, chunk or default, tile=128)
     slab_CV = None if grads is None else _slab(hidden_ND, chunk, vocabulary)
     whole = _vectors(hidden_ND, n, with_entropy)
-    vectors, losses = step_vectors(step, whole.logp_N)
+    vectors: dict[str, Tensor | None] = {}
+    losses = None
     with on_device(hidden_ND):
         for start in range(0, n, chunk):
             rows = slice(start, min(start + chunk, n))
             softmax = whole.at(rows)._replace(exps_NV=None if slab_CV is None else slab_CV[: rows.stop - start])
             fill(head, hidden_ND[rows], target_N[rows], softmax, slope=not _entropy_counts(step))
+            if start == 0:  # the GPU is busy from here on
+                vectors, losses = step_vectors(step, whole.logp_N)
             _apply(head, hidden_ND, target_N, softmax, step, vectors, grads, rows)
     return Swept(whole.logp_N, whole.entropy_N, losses)
 
@@ -118,7 +121,7 @@ def fill(head: Head, hidden_CD: Tensor, target_C: Tensor, softmax: Softmax, slop
     chosen = plan(hidden_CD, head.weight_VD, head.softcap is not None)
     tiles = triton.cdiv(vocabulary, chosen.block_n)
     total, moment = softmax.logp_N.new_empty(2, tiles, rows)
-    redo = torch.zeros(1, dtype=torch.int32, device=hidden_CD.device)
+    redo = softmax.logp_N.new_empty(1, dtype=torch.int32)
     softcap = {"softcap": float(head.softcap or 0.0), "SOFTCAP": head.softcap is not None}
     kernels.target_kernel[(rows,)](
         hidden_CD,
@@ -127,6 +130,7 @@ def fill(head: Head, hidden_CD: Tensor, target_C: Tensor, softmax: Softmax, slop
         target_C,
         softmax.target_x_N,
         softmax.shift_N,
+        redo,
         hidden_CD.shape[1],
         hidden_CD.stride(0),
         head.weight_VD.stride(0),

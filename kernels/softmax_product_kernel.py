@@ -28,7 +28,7 @@ def _bounded_tanh(z):
 
 
 @triton.jit
-def _log1p(z):
+def log1p(z):
     """log(1 + z), z ≥ 0, by its series where 1 + z would round z away."""
     small = z * (1.0 - z * (0.5 - z * (1.0 / 3.0 - z * 0.25)))
     return tl.where(z < 0.01, small, tl.log(1.0 + z))
@@ -42,6 +42,7 @@ def target_kernel(
     p_target,
     p_target_x,  # [rows] the target's finished logit, times log2 e
     p_shift,  # [rows] the same
+    p_redo,  # [1] cleared
     depth,
     hidden_stride,
     weight_stride,
@@ -68,6 +69,8 @@ def target_kernel(
         logit = softcap * _bounded_tanh(logit / softcap)
     logit = logit / temperature * LOG2E
     tl.store(p_target_x + row, logit)
+    if row == 0:
+        tl.store(p_redo, 0)
     tl.store(p_shift + row, logit)
 
 
@@ -264,7 +267,7 @@ def sums_kernel(
     others = tl.sum(b_total, 0)
     distance = tl.load(p_target_x + o_r, mask=m_r, other=0.0) - tl.load(p_shift + o_r, mask=m_r, other=0.0)
     own = tl.exp2(distance)  # 1 unless the shift was raised
-    log_sum = tl.where(distance == 0.0, _log1p(others), tl.log(own + others))
+    log_sum = tl.where(distance == 0.0, log1p(others), tl.log(own + others))
     tl.store(p_others + o_r, others, mask=m_r)
     tl.store(p_logp + o_r, distance * LN2 - log_sum, mask=m_r)
     if p_entropy is not None:

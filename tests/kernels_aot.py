@@ -136,6 +136,10 @@ def softmax_cases() -> Iterator[Case]:
     scalars = ("softcap", "temperature", "clip_low", "clip_high", "dual_clip", "importance_cap", "beta", "entropy_coef")
     types |= dict.fromkeys(scalars, "fp32")
     loss = {"OBJECTIVE": "ppo", "DUAL_CLIP": True, "KL": "k3", "IMPORTANCE_MODE": "truncate", "SOFTCAP": True}
+    counts = {"p_target": "*i64", "p_first": "*fp32", "p_second": "*fp32", "p_counts": "*i64"}
+    counts |= {"rows": "i32", "vocabulary": "i32"}
+    count_kernel = import_kernels("rows_kernel").count_kernel
+    yield case("count_kernel", count_kernel, counts, {"IGNORED": -100, "BLOCK": 4096}, 16)
     block = {"BLOCK_R": 32, "BLOCK_T": 32}
     yield case("target_kernel", module.target_kernel, types, {"SOFTCAP": True, "BLOCK_D": 2048}, 4)
     yield case("peaks_kernel", module.peaks_kernel, types, block, 4)
