@@ -6,8 +6,8 @@ gradient is wanted, once more to overwrite it. Everything is calculated in float
 
 import triton
 import triton.language as tl
+from ilr_kernels.kernel_math import log1p, tanh
 from ilr_kernels.policy_loss_kernel import row_derivatives
-from ilr_kernels.softmax_product_kernel import log1p
 
 
 @triton.jit
@@ -15,9 +15,9 @@ def _finish(logit, softcap, temperature, SOFTCAP: tl.constexpr):
     """The finished logit and its derivative by the raw one: soft-cap first, then temperature."""
     slope = 1.0 / temperature
     if SOFTCAP:
-        tanh = 1.0 - 2.0 / (tl.exp(2.0 * logit / softcap) + 1.0)
-        logit = softcap * tanh
-        slope *= 1.0 - tanh * tanh
+        bounded = tanh(logit / softcap)
+        logit = softcap * bounded
+        slope *= 1.0 - bounded * bounded
     return logit / temperature, slope
 
 

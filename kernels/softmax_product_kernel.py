@@ -15,23 +15,12 @@ kernels with REDO start by reading whether that is needed. Exponents count in po
 
 import triton
 import triton.language as tl
+from ilr_kernels.kernel_math import log1p, tanh
 from ilr_kernels.policy_loss_kernel import row_derivatives
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 OVERFLOW = tl.constexpr(1.2676506e30)  # 2^100: sums above it are not trusted
-
-
-@triton.jit
-def _bounded_tanh(z):
-    return 1.0 - 2.0 / (tl.exp(2.0 * z) + 1.0)
-
-
-@triton.jit
-def log1p(z):
-    """log(1 + z), z ≥ 0, by its series where 1 + z would round z away."""
-    small = z * (1.0 - z * (0.5 - z * (1.0 / 3.0 - z * 0.25)))
-    return tl.where(z < 0.01, small, tl.log(1.0 + z))
 
 
 @triton.jit
@@ -66,7 +55,7 @@ def target_kernel(
     if p_bias is not None:
         logit += tl.load(p_bias + target).to(tl.float32)
     if SOFTCAP:
-        logit = softcap * _bounded_tanh(logit / softcap)
+        logit = softcap * tanh(logit / softcap)
     logit = logit / temperature * LOG2E
     tl.store(p_target_x + row, logit)
     if row == 0:
@@ -82,7 +71,7 @@ def _tile(b_logit, b_bias, b_shift, b_local, left, o_n, inside, scale, softcap,
         b_logit += b_bias[None, :]
     b_slope = 1.0
     if SOFTCAP:
-        b_tanh = _bounded_tanh(b_logit / softcap)
+        b_tanh = tanh(b_logit / softcap)
         b_logit = softcap * b_tanh
         b_slope = 1.0 - b_tanh * b_tanh
     b_moment = 0.0
@@ -338,8 +327,8 @@ def factors_kernel(
         others = tl.load(p_others + o_r, mask=m_r, other=0.0)
         slope = 1.0
         if SOFTCAP:
-            tanh = target_x * LN2 * temperature / softcap
-            slope = 1.0 - tanh * tanh
+            bounded = target_x * LN2 * temperature / softcap
+            slope = 1.0 - bounded * bounded
         factor = -1.0 / ((own + others) * temperature)
         at_target = -others
         if ENTROPY:
