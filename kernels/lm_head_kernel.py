@@ -85,7 +85,6 @@ def rows_kernel(
     own = tl.exp(distance)
     total = own + others
     log_total = tl.where(distance == 0.0, log1p(others), tl.log(total))
-    log_sum = peak + log_total
     logp = distance - log_total
     entropy = log_total - (moment + own * distance) / total
     tl.store(p_logp + row, logp)
@@ -103,7 +102,7 @@ def rows_kernel(
             m_v = start + o_v < vocabulary
             b_logit = tl.load(p_row + start + o_v, mask=m_v, other=0.0).to(tl.float32)
             b_x, b_slope = _finish(b_logit, softcap, temperature, SOFTCAP)
-            b_logp = b_x - log_sum
+            b_logp = b_x - peak - log_total  # in this order nothing is rounded at the peak's size
             b_dx = -tl.exp(b_logp) * (dlogp + dentropy * (b_logp + entropy))
             b_dx = tl.where(start + o_v == target, at_target, b_dx)
             tl.store(p_row + start + o_v, (b_dx * b_slope).to(p_logits.dtype.element_ty), mask=m_v)
