@@ -1,6 +1,6 @@
 """Log-prob and policy loss with both gradients on the CPU, beside its three matrix products and plain PyTorch.
 
-    pytest benchmarks/test_lm_head.py -s            # writes benchmarks/results/lm_head_cpu.json
+    pytest benchmarks/test_lm_head.py -s            # writes benchmarks/results/lm_head_cpu_memory.json
 
 N = 4,096 tokens, hidden size 640, vocabulary 262,144 (Gemma-3-270M) in float32; ILR_BENCH_ROWS and ILR_BENCH_ROUNDS
 change the rows and how often each variant is timed. Rounds are interleaved, errors are found first, and each variant's
@@ -95,7 +95,7 @@ def test_lm_head_cpu() -> None:
         rows[-1]["over_limit_min"] = min(seconds[name]) / limit
         print("{variant:28s} {ms_min:9.0f} ms least {ms:9.0f} median {extra_gib:6.2f} GiB".format(**rows[-1]), end="")
         print(f"  {rows[-1]['over_limit_min']:.3f} of the limit (least)  error {known}")
-    write_results("lm_head_cpu", rows, COMMAND)
+    write_results("lm_head_cpu_memory", rows, COMMAND)
 
 
 def error(variant: Callable[[dict[str, Tensor]], None]) -> float:
