@@ -327,7 +327,7 @@ def _entropy_counts(step: Step) -> bool:
 
 
 def _laid_out(hidden_ND: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
-    """The same with hidden states whose rows are contiguous and aligned; the head's are (`lm_head_autograd.keeps_softmax`)."""
+    """The same with hidden states in contiguous, aligned rows, as the head's are (`lm_head_autograd.keeps_softmax`)."""
     if hidden_ND.stride(1) != 1 or hidden_ND.stride(0) % 8 != 0 or hidden_ND.data_ptr() % 16 != 0:
         hidden_ND = hidden_ND.clone(memory_format=torch.contiguous_format)
     return hidden_ND, target_N.contiguous()
