@@ -1,6 +1,7 @@
-"""`ilr-fast bench [NAME …]`: runs benchmarks, prints a table of each and writes their JSON.
+"""`ilr-fast bench [NAME …]`: runs benchmarks, prints a table of each, writes their JSON and draws figures.
 
     ilr-fast bench lm_head advantage
+    ilr-fast bench figures                # draws again from benchmarks/results/lm_head_sweep.json; needs no GPU
 
 Without names, all that fit the machine. Errors are found first; a variant whose error is too large gets no time, and
 the exit status is then 1.
@@ -15,31 +16,47 @@ from typing import Any
 
 from ilr_fast.errors import RunError, UserError, nearest
 
-GPU = ("lm_head", "lm_head_shapes", "advantage")
+GPU = ("lm_head", "lm_head_shapes", "lm_head_sweep", "advantage")
 CPU = ("lm_head_cpu",)
+FIGURES, DRAWN = "figures", "lm_head_sweep"
 
 
 def bench(
-    names: Sequence[str], *, rounds: int, out: Path | None, quick: bool, only_ours: bool, command: str
+    names: Sequence[str],
+    *,
+    rounds: int,
+    out: Path | None,
+    quick: bool,
+    only_ours: bool,
+    command: str,
+    commit: str | None = None,
 ) -> list[Path]:
     """Runs the named benchmarks; returns the JSON files. Raises RunError after all where a variant was wrong."""
-    known = (*GPU, *CPU)
+    known = (*GPU, *CPU, FIGURES)
     for name in names:
         if name not in known:
             raise UserError(f"unknown benchmark {name!r}", "bench", nearest(name, known))
     if rounds < 1:
         raise UserError(f"{rounds} rounds", "--rounds", "give at least 1")
+    from ilr_benchmarks import common, figures
+
+    common.given_commit(commit)
     device = _device(names, quick)
+    chosen = [name for name in names if name != FIGURES] if names else (GPU if device == "cuda" else CPU)
+    draws = FIGURES in names or DRAWN in chosen
+    if draws:
+        figures.require_matplotlib()
     paths, wrong = [], []
-    for name in names or (GPU if device == "cuda" else CPU):
+    for name in chosen:
         run: Callable[..., list[dict[str, Any]]] = import_module(f"ilr_benchmarks.{name}").run
         rows = run(rounds=rounds, quick=quick, only_ours=only_ours, device="cpu" if name in CPU else device)
         print(f"\n{name}\n{table(rows)}")
-        from ilr_benchmarks.common import write_results
-
-        paths.append(write_results(name + ("_quick" if quick else ""), rows, command, out))
+        paths.append(common.write_results(name + ("_quick" if quick else ""), rows, command, out, commit))
         print(f"written: {paths[-1]}")
         wrong += [f"{name}: {row['variant']}" for row in rows if row.get("status", "").startswith("wrong")]
+    if draws:
+        for path in figures.draw_results(out, quick):
+            print(f"drawn: {path}")
     if wrong:
         raise RunError(f"wrong and therefore not timed: {'; '.join(wrong)}")
     return paths

@@ -9,6 +9,8 @@ ratio to it; `error` is found before any time is taken; what was not measured is
 from __future__ import annotations
 
 import json
+import os
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ilr_fast.environment import environment
+from ilr_fast.errors import UserError
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" if (HERE.parent / "pyproject.toml").exists() else Path("benchmarks/results")
@@ -50,15 +53,38 @@ def row(
     }
 
 
-def write_results(name: str, rows: Sequence[Mapping[str, Any]], command: str, folder: Path | None = None) -> Path:
-    """Writes the rows with device, driver, versions, commit, date and command; returns the file's path."""
+def write_results(
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    command: str,
+    folder: Path | None = None,
+    commit: str | None = None,
+) -> Path:
+    """Writes the rows with device, driver, versions, commit, date and command; returns the file's path.
+
+    `commit` is for a tree that git knows nothing of, a copy; else the environment's ILR_COMMIT, else what git says."""
     folder = folder or RESULTS
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    where = environment(command)
+    where = environment(without_places(command))
+    where["commit"] = given_commit(commit) or where["commit"]
     where["versions"] |= _peers()
     path.write_text(json.dumps({**where, "rows": list(rows)}, indent=1) + "\n")
     return path
+
+
+def given_commit(commit: str | None) -> str | None:
+    """The commit given as an argument or by ILR_COMMIT; raises UserError where it cannot be one."""
+    given = commit or os.environ.get("ILR_COMMIT") or None
+    if given and not re.fullmatch(r"[0-9a-f]{7,40}\+?", given):
+        remedy = "give its 7 to 40 hexadecimal digits, and + where files differ"
+        raise UserError(f"{given!r} is no commit", "--commit" if commit else "ILR_COMMIT", remedy)
+    return given
+
+
+def without_places(command: str) -> str:
+    """The command without what holds for one machine or copy only: --out and --commit with their values."""
+    return re.sub(r"\s+--(?:out|commit)(?:=|\s+)(?:'[^']*'|\S)+", "", command)
 
 
 def _peers() -> dict[str, str]:

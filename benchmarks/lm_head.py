@@ -2,16 +2,17 @@
 
     ilr-fast bench lm_head            # N = 16,384, bf16, one NVIDIA GPU; writes benchmarks/results/lm_head.json
 
-The limit is logits, dhidden and dweight as three whole products, in the same interleaved run.
+The limit is logits, dhidden and dweight as three whole products, in the same interleaved run. Rows named `host` are
+what a call takes on the host with an idle GPU (`host.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from ilr_benchmarks import peers
+from ilr_benchmarks import host, peers
 from ilr_benchmarks.measure import Case, Outputs, Target, measure, relative_error
 from ilr_benchmarks.problem import Problem, policy_truth
 from ilr_kernels import reference
@@ -19,9 +20,10 @@ from ilr_kernels.lm_head import linear_logprob, linear_policy_loss
 from ilr_kernels.policy_loss import PolicyLoss
 from torch import Tensor
 
+Size = tuple[int, int, int]  # rows, hidden size, vocabulary
 SHAPES = ((16384, 4096, 128256), (16384, 896, 151936))
 QUICK = ((64, 32, 1000),)
-SMALL_CHUNK = 1024
+SMALL_CHUNK = 2048
 GRPO, GSPO, BONUS = PolicyLoss(), PolicyLoss(ratio="sequence"), PolicyLoss(entropy_coef=0.01)
 LIMIT, ONE, OURS = "limit: three whole products", "limit: one product", "ours, new dweight"
 # targets by hidden size: (4096, 896)
@@ -32,15 +34,47 @@ T = {"loss": (1.05, 1.20), "exact": (1.18, 1.45), "liger": (12, 25), "cce": (4, 
 def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> list[dict[str, Any]]:
     """Rows of both shapes."""
     rows = []
-    for n, d, v in QUICK if quick else SHAPES:
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        x = Problem.make(n, d, v, device, dtype)
-        shape = f"N={n} D={d} V={v} {str(dtype).removeprefix('torch.')}"
-        rows += measure(cases(x, 0 if d > 2048 or quick else 1, only_ours), shape, rounds, device)
+    shapes = QUICK if quick else SHAPES
+    for size in shapes:
+        x = make(size, device)
+        rows += measure(cases(x, 0 if size[1] > 2048 or quick else 1, only_ours), name_of(x), rounds, device)
         del x
-        if device == "cuda":
-            torch.cuda.empty_cache()
-    return rows
+        release(device)
+    return rows + host_rows(shapes, rows, device)
+
+
+def make(size: Size, device: str) -> Problem:
+    """The problem of a size: bfloat16 on a GPU, float32 elsewhere."""
+    return Problem.make(*size, device, torch.bfloat16 if device == "cuda" else torch.float32)
+
+
+def name_of(x: Problem) -> str:
+    """What `shape` says of a row: N=16384 D=896 V=151936 bfloat16."""
+    (n, d), v = x.hidden_ND.shape, len(x.weight_VD)
+    return f"N={n} D={d} V={v} {str(x.hidden_ND.dtype).removeprefix('torch.')}"
+
+
+def release(device: str) -> None:
+    """Gives back what the last shape held."""
+    Truth.held = None
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def host_rows(sizes: Sequence[Size], rows: Sequence[dict[str, Any]], device: str) -> list[dict[str, Any]]:
+    """What the host spends on a call at these sizes, of the variants that were found right and timed in `rows`.
+
+    After all times of the device, since the profiler that it needs slows launches for as long as it is loaded."""
+    found = []
+    for size in sizes:
+        x = make(size, device)
+        works: dict[str, Callable[[], Any]] = {LIMIT: Products(x).whole, OURS: lambda x=x: loss(x)}
+        checked = {row["variant"]: row for row in rows if row["shape"] == name_of(x)}
+        for name, work in works.items():
+            found += host.rows(name, work, checked[name], device)
+        del x, works, work
+        release(device)
+    return found
 
 
 def cases(x: Problem, column: int, only_ours: bool) -> list[Case]:
@@ -100,30 +134,31 @@ class Truth:
     def __init__(self, x: Problem, loss: PolicyLoss, make: Callable[[Problem, PolicyLoss], Outputs] = policy_truth):
         self.x, self.loss, self.make = x, loss, make
 
-    def error(self, keep_N: Tensor | None = None) -> Callable[[Outputs], float]:
-        """The largest relative error of what a variant returns; of log-probs in the rows of keep_N alone."""
+    def error(self, keep_N: Tensor | None = None) -> Callable[[Outputs], dict[str, float]]:
+        """Relative errors of what a variant returns; of log-probs and entropies in the rows of keep_N alone."""
 
-        def largest(found: Outputs) -> float:
+        def errors(found: Outputs) -> dict[str, float]:
             if Truth.held is None or Truth.held[0] is not self:
                 Truth.held = None
                 Truth.held = self, self.make(self.x, self.loss)
-            errors = []
-            for name, tensor in found.items():
-                exact = Truth.held[1][name]
-                cut = keep_N is not None and name == "logp"
-                errors.append(relative_error(tensor[keep_N] if cut else tensor, exact[keep_N] if cut else exact))
-            return max(errors) if all(e == e for e in errors) else float("nan")
+            exact = Truth.held[1]
+            kept = {name: keep_N if name in ("logp", "entropy") else None for name in found}
+            return {
+                name: relative_error(*(y if kept[name] is None else y[kept[name]] for y in (tensor, exact[name])))
+                for name, tensor in found.items()
+            }
 
-        return largest
+        return errors
 
 
 class Products:
-    """The limit: the same three products and nothing else, their outputs allocated before."""
+    """The limit: the same three products and nothing else, their outputs allocated before.
+
+    The logits stand in for their own gradient: a second tensor of their size would not fit where N is large."""
 
     def __init__(self, x: Problem):
         self.h, self.w = x.hidden_ND.detach(), x.weight_VD.detach()
         self.logits = torch.empty(len(self.h), len(self.w), device=self.h.device, dtype=self.h.dtype)
-        self.g = torch.randn_like(self.logits)
         self.dh, self.dw = torch.empty_like(self.h), torch.zeros_like(self.w)
 
     def one(self) -> None:
@@ -131,13 +166,13 @@ class Products:
 
     def whole(self) -> None:
         self.one()
-        torch.mm(self.g, self.w, out=self.dh)
-        torch.mm(self.g.t(), self.h, out=self.dw)
+        torch.mm(self.logits, self.w, out=self.dh)
+        torch.mm(self.logits.t(), self.h, out=self.dw)
 
     def chunked(self) -> None:
         for i in range(0, len(self.h), 2048):
-            h, g = self.h[i : i + 2048], self.g[i : i + 2048]
-            torch.mm(h, self.w.t(), out=self.logits[: len(h)])
+            h = self.h[i : i + 2048]
+            g = torch.mm(h, self.w.t(), out=self.logits[: len(h)])
             torch.mm(g, self.w, out=self.dh[i : i + 2048])
             torch.addmm(self.dw, g.t(), h, out=self.dw)
 
@@ -151,7 +186,8 @@ def loss(x: Problem, module: Any = None, *, frozen: bool = False, **options: Any
     call = module.linear_policy_loss if module else linear_policy_loss
     value, stats = call(**arguments, **options)
     value.backward()
-    out = {"logp": stats["logp_T"], "dhidden": x.hidden_ND.grad, "dweight": options.get("weight_grad_VD")}
+    out = {"loss": value.detach(), "logp": stats["logp_T"], "entropy": stats["entropy_T"],
+           "dhidden": x.hidden_ND.grad, "dweight": options.get("weight_grad_VD")}  # fmt: skip
     if out["dweight"] is None:
         out["dweight"] = x.weight_VD.grad
     x.forget()
@@ -160,5 +196,5 @@ def loss(x: Problem, module: Any = None, *, frozen: bool = False, **options: Any
 
 @torch.no_grad()
 def forward(x: Problem) -> Outputs:
-    logp_N, _ = linear_logprob(x.hidden_ND, x.weight_VD, x.target_N, with_entropy=True)
-    return {"logp": logp_N}
+    logp_N, entropy_N = linear_logprob(x.hidden_ND, x.weight_VD, x.target_N, with_entropy=True)
+    return {"logp": logp_N, "entropy": entropy_N}

@@ -10,37 +10,36 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from ilr_benchmarks.lm_head import BONUS, GRPO, LIMIT, Products, Truth, loss
-from ilr_benchmarks.measure import Case, Outputs, Target, measure
+from ilr_benchmarks.lm_head import BONUS, GRPO, LIMIT, Products, Truth, loss, make, name_of, release
+from ilr_benchmarks.measure import Case, Outputs, Target, measure, relative_error
 from ilr_benchmarks.problem import Problem, logprob_truth, policy_truth
 from ilr_kernels import reference
 from ilr_kernels.lm_head import linear_logprob, logits_logprob
 from torch import Tensor
 
 LOSS_SHAPES = ((8192, 4096, 131072, 1.06, None), (8192, 4096, 151936, 1.05, 2.2))
-LOGPROB_SHAPE, LOGITS_SHAPE = (4096, 2048, 131072), (8192, 151936)
+LOGPROB_SHAPE, LOGITS_SHAPE, QUICK = (4096, 2048, 131072), (8192, 151936), (64, 32, 1000)
 COPY = "copy of the logits"
 
 
 def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> list[dict[str, Any]]:
     """Rows of all four."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     rows = []
     for n, d, v, bound, gib in LOSS_SHAPES[:1] if quick else LOSS_SHAPES:
-        n, d, v = (64, 32, 1000) if quick else (n, d, v)
-        rows += _run(loss_cases(Problem.make(n, d, v, device, dtype), bound, gib), (n, d, v), rounds, device)
-    n, d, v = (64, 32, 1000) if quick else LOGPROB_SHAPE
-    rows += _run(logprob_cases(Problem.make(n, d, v, device, dtype)), (n, d, v), rounds, device)
+        x = make(QUICK if quick else (n, d, v), device)
+        rows += measure(loss_cases(x, bound, gib), name_of(x), rounds, device)
+        del x
+        release(device)
+    x = make(QUICK if quick else LOGPROB_SHAPE, device)
+    rows += measure(logprob_cases(x), name_of(x), rounds, device)
     n, v = (64, 1000) if quick else LOGITS_SHAPE
     torch.manual_seed(0)
-    logits_TV = (2 * torch.randn(n, v, device=device)).to(dtype)
+    logits_TV = (2 * torch.randn(n, v, device=device)).to(x.hidden_ND.dtype)
+    del x
+    release(device)
     target_T = torch.randint(v, (n,), device=device)
     rows += measure(logits_cases(logits_TV, target_T), f"N={n} V={v} given logits", rounds, device)
     return rows
-
-
-def _run(cases: list[Case], shape: tuple[int, int, int], rounds: int, device: str) -> list[dict[str, Any]]:
-    return measure(cases, "N={} D={} V={}".format(*shape), rounds, device)
 
 
 def loss_cases(x: Problem, bound: float, gib: float | None) -> list[Case]:
@@ -82,15 +81,11 @@ def logits_cases(logits_TV: Tensor, target_T: Tensor) -> list[Case]:
     """A copy reads and writes: half its time is one read at its bandwidth."""
     copy_TV = torch.empty_like(logits_TV)
 
-    def error(found: tuple[Tensor, Tensor]) -> float:
-        worst = 0.0
-        for rows in range(0, len(target_T), 512):
-            part = slice(rows, rows + 512)
-            exact = reference.logits_logprob(logits_TV[part].double(), target_T[part], with_entropy=True)
-            for a, b in zip(found, exact, strict=True):
-                worst = max(worst, float((a[part].double() - b).norm() / b.norm().clamp(min=1e-30)))
-                worst = worst if bool(torch.isfinite(a[part]).all()) else float("inf")
-        return worst
+    def error(found: tuple[Tensor, Tensor]) -> dict[str, float]:
+        parts = [slice(start, start + 512) for start in range(0, len(target_T), 512)]
+        exact = [reference.logits_logprob(logits_TV[p].double(), target_T[p], with_entropy=True) for p in parts]
+        whole = (torch.cat(tensors) for tensors in zip(*exact, strict=True))
+        return {name: relative_error(a, b) for name, a, b in zip(("logp", "entropy"), found, whole, strict=True)}
 
     return [
         Case(COPY, lambda: copy_TV.copy_(logits_TV)),

@@ -4,6 +4,7 @@
 
 A time is the median of rounds, by CUDA events on a GPU and by the clock elsewhere. `extra_gib` is the peak of allocated
 memory in a call less what is held when it ends: inputs, gradients and log-probs, which every variant must hold.
+`error` is the worst of `errors`, which names each output's.
 """
 
 from __future__ import annotations
@@ -51,11 +52,14 @@ class Target:
 
 @dataclass(frozen=True)
 class Case:
-    """A variant: `work()` does one call and returns its outputs; `error(outputs)` is NaN or large where it is wrong."""
+    """A variant: `work()` does one call and returns its outputs; `error(outputs)` is NaN or large where it is wrong.
+
+    `error` gives one number, or one for each output by its name; the worst of them is held against `tolerance`.
+    """
 
     name: str
     work: Callable[[], Any]
-    error: Callable[[Any], float] | None = None  # None: a limit, whose results are not used
+    error: Callable[[Any], float | dict[str, float]] | None = None  # None: a limit, whose results are not used
     tolerance: float = 0.02
     limit: str | None = None
     limit_scale: float = 1.0
@@ -64,10 +68,12 @@ class Case:
     calls: int = 1
     batch: int = 1  # what one work() does so many times itself
     prepare: Callable[[], Any] | None = None  # before the call whose error is found
+    memory: Callable[[], float | None] | None = None  # extra GiB, where the allocator of the GPU does not tell
 
 
 def measure(cases: Sequence[Case], shape: str, rounds: int, device: str) -> list[dict[str, Any]]:
     """Rows of all cases; those of a wrong variant have no time and `status` says why."""
+    gc.collect()
     failed: dict[str, str] = {}
     errors = {case.name: _error(case, failed, device) for case in cases}
     sound = [case for case in cases if case.name not in failed]
@@ -82,7 +88,9 @@ def measure(cases: Sequence[Case], shape: str, rounds: int, device: str) -> list
         limit_ms = found[case.limit]["ms"] if case.limit else None
         limit = limit_ms * case.limit_scale / 1e3 if limit_ms else None
         found[case.name] = row(case.name, shape, seconds[case.name], extra_gib=memory.get(case.name),
-                               error=errors[case.name], limit_seconds=limit)
+                               error=errors[case.name].get("worst"), limit_seconds=limit)
+        named = {name: value for name, value in errors[case.name].items() if name != "worst"}
+        found[case.name] |= {"errors": named} if named else {}
         found[case.name]["status"] = failed.get(case.name, "timed")
     for case in cases:
         result = found[case.name]
@@ -99,47 +107,53 @@ def relative_error(found: Tensor, truth: Tensor) -> float:
     if not torch.isfinite(found).all():
         return math.nan
     off, size = 0.0, 0.0
-    for a, b in zip(found.split(8192), truth.split(8192), strict=True):
+    for a, b in zip(torch.atleast_1d(found).split(8192), torch.atleast_1d(truth).split(8192), strict=True):
         off += float((a.double() - b.double()).square().sum())
         size += float(b.double().square().sum())
     return math.sqrt(off / size) if size else math.sqrt(off)
 
 
-def poison(gib: float, device: str) -> None:
-    """Fills memory that the allocator hands out next with NaN: what a variant forgets to write shows."""
-    if device == "cuda":
-        blocks = [torch.full((int(gib * 2**28 / 4),), math.nan, device=device) for _ in range(4)]
-        blocks += [torch.full((2**18,), math.nan, device=device) for _ in range(16)]
-        del blocks
+def poison(gib: float) -> None:
+    """Fills memory that the GPU's allocator hands out next with NaN: what a variant forgets to write shows."""
+    blocks = [torch.full((int(gib * 2**28 / 4),), math.nan, device="cuda") for _ in range(4)]
+    blocks += [torch.full((2**18,), math.nan, device="cuda") for _ in range(16)]
+    del blocks
 
 
-def _error(case: Case, failed: dict[str, str], device: str) -> float | None:
-    gc.collect()
+def _error(case: Case, failed: dict[str, str], device: str) -> dict[str, float | None]:
+    """The errors by output, and their `worst`; empty without any. Where that is too large `failed` says so."""
     try:
-        poison(4, device)
+        if device == "cuda":
+            gc.collect()
+            poison(4)
         if case.prepare:
             case.prepare()
         outputs = case.work()
-        error = case.error(outputs) if case.error else None
+        errors = case.error(outputs) if case.error else {}
         if device == "cuda":
             torch.cuda.synchronize()
     except torch.cuda.OutOfMemoryError:
         failed[case.name] = "does not fit"
-        return None
+        return {}
     except Exception as problem:  # one variant's failure must not take the others' figures with it
         failed[case.name] = f"{WRONG}: {type(problem).__name__}: {str(problem)[:200]}"
-        return None
+        return {}
     finally:
         outputs = None
         if device == "cuda":
             torch.cuda.empty_cache()
-    if error is None or error <= case.tolerance:
-        return error
-    failed[case.name] = WRONG
-    return error if math.isfinite(error) else None
+    named = errors if isinstance(errors, dict) else {"worst": errors}
+    if not named:
+        return {}
+    worst = math.inf if any(math.isnan(error) for error in named.values()) else max(named.values())
+    if worst > case.tolerance:
+        failed[case.name] = WRONG
+    return {name: error if math.isfinite(error) else None for name, error in (*named.items(), ("worst", worst))}
 
 
 def _extra_gib(case: Case, device: str) -> float | None:
+    if case.memory:
+        return case.memory()
     if device != "cuda" or case.error is None:
         return None
     torch.cuda.synchronize()

@@ -29,6 +29,7 @@ def _liger(x: Problem) -> Callable[[], Outputs]:
         beta=0.0, use_ref_model=False, loss_type="bnpo", chunk_size=1, epsilon_low=0.2, epsilon_high=0.2
     )
     length = len(x.target_N) // TURNS
+    torch.compiler.reset()  # Liger compiles its chunk for this shape alone, not for whatever was measured before
 
     def work() -> Outputs:
         x.forget()
@@ -37,8 +38,9 @@ def _liger(x: Problem) -> Callable[[], Outputs]:
         )
         mask = torch.ones_like(old)
         out = fused(hidden, x.weight_VD, target, mask, advantage[:, 0].contiguous(), old_per_token_logps=old)
-        (out[0] if isinstance(out, tuple) else out).backward()
-        return _gradients(x)
+        loss = out[0] if isinstance(out, tuple) else out
+        loss.backward()
+        return {"loss": loss.detach(), **_gradients(x)}
 
     return work
 
@@ -50,8 +52,9 @@ def cut_cross_entropy(x: Problem) -> Outputs:
     logp_N = -linear_cross_entropy(x.hidden_ND, x.weight_VD, x.target_N, reduction="none").float()
     ratio_N = (logp_N - x.old_logp_N).exp()
     gain_N = torch.minimum(ratio_N * x.advantage_N, ratio_N.clamp(0.8, 1.2) * x.advantage_N)
-    (-(gain_N * x.token_weight_N).sum()).backward()
-    return {"logp": logp_N.detach(), **_gradients(x)}
+    loss = -(gain_N * x.token_weight_N).sum()
+    loss.backward()
+    return {"loss": loss.detach(), "logp": logp_N.detach(), **_gradients(x)}
 
 
 def _gradients(x: Problem) -> Outputs:

@@ -1,4 +1,4 @@
-"""Inputs of the LM head's benchmarks at a real scale, and their float64 truth, chunk by chunk.
+"""Inputs of the LM head's benchmarks at a real scale, and their float64 truth, slice by slice.
 
 Logits have a standard deviation of 2. A tenth of the rows has a ratio far outside the clip range and the others one
 well inside, so that no variant's rounding decides which rows are clipped. Advantages belong to 16 turns, as in GRPO.
@@ -6,6 +6,7 @@ well inside, so that no variant's rounding decides which rows are clipped. Advan
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from ilr_kernels.policy_loss import PolicyLoss
 from torch import Tensor
 
 TURNS = 16
+SLICE = 1024  # rows whose float64 logits are held at once
 
 
 @dataclass(frozen=True)
@@ -73,35 +75,47 @@ class Problem:
 
 
 def policy_truth(x: Problem, loss: PolicyLoss) -> Outputs:
-    """Log-probs and both gradients of the policy loss in float64, a turn at a time."""
+    """The policy loss, log-probs, entropies and both gradients in float64."""
 
-    def value(part: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def value(part: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         loss_value, stats = reference.linear_policy_loss(**part, loss=loss)
-        return loss_value, stats["logp_T"]
+        return loss_value, stats["logp_T"], stats["entropy_T"]
 
-    return _truth(x, value)
+    return _truth(x, value, whole_turns=loss.over_turns)
 
 
 def logprob_truth(x: Problem) -> Outputs:
-    """Log-probs, and the gradients of Σ advantage · log-prob, in float64."""
+    """Σ advantage · log-prob, log-probs, entropies, and the sum's gradients, in float64."""
 
-    def value(part: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        logp_T = reference.linear_logprob(part["hidden_TD"], part["weight_VD"], part["target_T"])
-        return (logp_T * part["advantage_T"]).sum(), logp_T.detach()
+    def value(part: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        logp_T, entropy_T = reference.linear_logprob(
+            part["hidden_TD"], part["weight_VD"], part["target_T"], with_entropy=True
+        )
+        return (logp_T * part["advantage_T"]).sum(), logp_T.detach(), entropy_T.detach()
 
-    return _truth(x, value)
+    return _truth(x, value, whole_turns=False)
 
 
-def _truth(x: Problem, value) -> Outputs:
+def _truth(x: Problem, value: Callable[[dict[str, Any]], tuple[Tensor, Tensor, Tensor]], whole_turns: bool) -> Outputs:
+    """In slices, since float64 logits are large: whole turns where a row's loss is its turn's."""
     exact_VD = x.weight_VD.detach().double().requires_grad_()
     rows = max(1, len(x.target_N) // TURNS)
-    logp, dhidden = [], []
+    rows = rows if whole_turns else min(rows, SLICE)
+    losses, logp, entropy, dhidden = [], [], [], []
     for start in range(0, len(x.target_N), rows):
         part = {name: tensor[start : start + rows] for name, tensor in x.arguments().items() if name != "weight_VD"}
         hidden_TD = part.pop("hidden_TD").detach().double().requires_grad_()
-        loss_value, logp_T = value({**part, "hidden_TD": hidden_TD, "weight_VD": exact_VD})
+        loss_value, logp_T, entropy_T = value({**part, "hidden_TD": hidden_TD, "weight_VD": exact_VD})
         loss_value.backward()
+        losses.append(loss_value.detach())
         logp.append(logp_T)
+        entropy.append(entropy_T)
         dhidden.append(hidden_TD.grad.float())
     assert exact_VD.grad is not None
-    return {"logp": torch.cat(logp), "dhidden": torch.cat(dhidden), "dweight": exact_VD.grad.float()}
+    return {
+        "loss": torch.stack(losses).sum(),
+        "logp": torch.cat(logp),
+        "entropy": torch.cat(entropy),
+        "dhidden": torch.cat(dhidden),
+        "dweight": exact_VD.grad.float(),
+    }

@@ -184,11 +184,13 @@ def _get_model(options: argparse.Namespace) -> None:
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("names", nargs="*", metavar="NAME", help="which benchmarks; default: all that fit this machine")
+    parser.add_argument("names", nargs="*", metavar="NAME",
+                        help="which benchmarks; default: all that fit this machine; `figures` redraws from the JSON")
     parser.add_argument("--rounds", type=int, default=7, help="how often each variant is timed (default 7)")
     parser.add_argument("--out", default=None, metavar="DIR", help="folder of the JSON; default: benchmarks/results")
     parser.add_argument("--quick", action="store_true", help="small shapes, to see that everything runs")
     parser.add_argument("--only-ours", action="store_true", help="leave out plain PyTorch and other libraries")
+    parser.add_argument("--commit", default=None, help="what to write as the commit, where git does not know this tree")
 
 
 def _bench(options: argparse.Namespace) -> None:
@@ -196,7 +198,7 @@ def _bench(options: argparse.Namespace) -> None:
 
     out = Path(options.out) if options.out else None
     bench(options.names, rounds=options.rounds, out=out, quick=options.quick, only_ours=options.only_ours,
-          command=_command_line())
+          command=_command_line(), commit=options.commit)
 
 
 def _list(text: str) -> list[str]:
