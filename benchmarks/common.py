@@ -82,6 +82,11 @@ def given_commit(commit: str | None) -> str | None:
     return given
 
 
+def short(commit: str | None) -> str:
+    """Seven digits, and the + of a tree that differs."""
+    return commit.rstrip("+")[:7] + "+" * commit.endswith("+") if commit else "unknown"
+
+
 def without_places(command: str) -> str:
     """The command without what holds for one machine or copy only: --out and --commit with their values."""
     return re.sub(r"\s+--(?:out|commit)(?:=|\s+)(?:'[^']*'|\S)+", "", command)

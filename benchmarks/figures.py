@@ -17,7 +17,7 @@ from math import log10
 from pathlib import Path
 from typing import Any
 
-from ilr_benchmarks.common import HERE, RESULTS
+from ilr_benchmarks.common import HERE, RESULTS, short
 from ilr_benchmarks.lm_head_sweep import AXES, FORWARD, LEAN, LIMIT, ONE, OURS, PLAIN
 
 from ilr_fast.errors import UserError
@@ -198,7 +198,7 @@ def _notes(panel: Any, result: Mapping[str, Any], note: str) -> None:
     versions = result["versions"]
     named = [f"{name} {versions[name]}" for name in PACKAGES if name in versions]
     dtype = next((row["shape"].split()[-1] for row in result["rows"]), "")
-    made = f"{dtype}, commit {(result['commit'] or 'unknown')[:7]}, {result['date'][:10]}"
+    made = f"{dtype}, commit {short(result['commit'])}, {result['date'][:10]}"
     text = "\n".join([note, "", result["device"], f"driver {result['driver'] or 'none'}", *named, made])
     panel.axis("off")
     panel.text(-0.12, 1.0, text, fontsize=12, va="top", linespacing=1.3, transform=panel.transAxes)

@@ -3,17 +3,19 @@
 import importlib
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 bench = pytest.importorskip("ilr_benchmarks.bench")
-from ilr_benchmarks import common, figures, host, lm_head, lm_head_sweep, measure, problem  # noqa: E402
+from ilr_benchmarks import common, figures, host, lm_head, lm_head_cpu, lm_head_sweep, measure, problem, tables  # noqa: E402
 from ilr_kernels.policy_loss import PolicyLoss  # noqa: E402
 
 from ilr_fast.cli import main  # noqa: E402
 
+ROOT = Path(__file__).parents[1]
 KEYS = {"variant", "shape", "ms", "ms_min", "ms_max", "extra_gib", "error", "limit_ms", "over_limit"}
 TOP = {"device", "driver", "versions", "commit", "date", "command", "rows"}
 
@@ -200,7 +202,8 @@ def made_up():
             row = common.row(variant, f"N={n} D={d} V={v} bfloat16", [seconds], extra_gib=gib)
             rows.append({**row, "axes": axes, "N": n, "D": d, "V": v})
     versions = {"torch": "0.0", "triton": "0.0"}
-    return {"device": "made up", "driver": None, "versions": versions, "commit": None, "date": "0000", "rows": rows}
+    where = {"device": "made up", "driver": None, "versions": versions, "command": "none", "date": "0000"}
+    return {**where, "commit": "0123456789abcdef+", "rows": rows}
 
 
 def test_lines_have_a_point_for_every_size_that_was_timed(made_up):
@@ -272,3 +275,68 @@ def test_figures_without_results_or_matplotlib_are_told_before_anything_is_measu
     monkeypatch.setattr(lm_head_sweep, "run", pytest.fail)
     assert main(["bench", "lm_head_sweep", "--quick", "--out", str(tmp_path)]) == 2
     assert "ilr-fast[bench]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", tables.PAGES)
+def test_the_pages_tables_are_those_of_the_json(name):
+    """`python -m ilr_benchmarks.tables` writes them anew."""
+    page = (ROOT / name).read_text()
+    assert tables.BLOCK.search(page)
+    assert tables.rendered(page) == page
+
+
+def test_a_page_s_tables_follow_the_json(tmp_path):
+    page = (ROOT / "README.md").read_text()
+    result = json.loads((common.RESULTS / "lm_head.json").read_text())
+    for row in result["rows"]:
+        if row["variant"] == lm_head.OURS:
+            row["ms"] = 12345.6
+    (tmp_path / "lm_head.json").write_text(json.dumps(result))
+    assert "**12,300 ms**" in tables.rendered(page, tmp_path)
+    empty = tables.rendered(page, tmp_path / "nothing")
+    assert "| **" not in empty.partition("<!-- table: readme -->")[2].partition("<!-- end of table -->")[0]
+    with pytest.raises(KeyError):
+        tables.rendered("<!-- table: no_such -->\n<!-- end of table -->")
+
+
+def test_a_table_says_why_there_is_no_time(made_up):
+    row = common.row(lm_head.OURS, "N=1 D=2 V=3 bfloat16", []) | {"status": measure.WRONG}
+    assert f"| **`linear_policy_loss`** | {measure.WRONG} |" in tables.lm_head({**made_up, "rows": [row]})
+
+
+def test_the_sweep_s_part_of_the_page_has_figures_and_the_host_s_times(made_up):
+    checked = {"status": "timed", "shape": "N=256 D=896 V=151936 bfloat16", "error": 0.0, "ms": 0.75}
+    rows = [
+        common.row(f"host: {lm_head.OURS}, {what}", checked["shape"], [seconds], device_ms=0.75)
+        for what, seconds in (("a whole call", 0.002), ("before the first product", 0.001))
+    ]
+    text = tables.lm_head_sweep({**made_up, "rows": [*made_up["rows"], *rows]})
+    assert "made up, torch 0.0, Triton 0.0; 0000, commit 0123456+, `none`" in text
+    assert "| N = 256, D = 896, V = 151,936, bfloat16 | 0.750 | 2.00 | 1.00 |" in text
+    for file in re.findall(r"\]\((\S+)\)", text):
+        assert Path(file).name in {"lm_head_time.png", "lm_head_memory.png"} and file.startswith("figures/")
+
+
+def test_numbers_of_the_readme_s_cpu_row_are_those_of_the_json():
+    rows = {row["variant"]: row for row in json.loads((common.RESULTS / "lm_head_cpu.json").read_text())["rows"]}
+    (line,) = (line for line in (ROOT / "README.md").read_text().splitlines() if "`ilr-fast bench lm_head_cpu`" in line)
+    seconds = {name: tables.number(rows[name]["ms"] / 1e3) for name in (lm_head_cpu.INTO, lm_head_cpu.OURS)}
+    assert f"**{seconds[lm_head_cpu.INTO]} s** into the weight's gradient" in line
+    assert f"{seconds[lm_head_cpu.OURS]} s into a new one" in line
+    assert f"plain PyTorch {tables.number(rows[f'{lm_head_cpu.PLAIN}, 512 rows']['over_limit'])} ×" in line
+    assert f"| {tables.number(rows[lm_head_cpu.LIMIT]['ms'] / 1e3)} s |" in line
+
+
+@pytest.mark.parametrize("value, told", [(72.0176, "72.0"), (960.4, "960"), (0.00999, "0.00999"), (0.9996, "1.00"),
+                                         (12345.0, "12,300"), (9.996, "10.0")])  # fmt: skip
+def test_numbers_have_three_digits(value, told):
+    assert tables.number(value) == told
+
+
+def test_the_cpu_benchmark_knows_its_memory(tmp_path):
+    """A process of its own holds whole logits at its peak where the variant does, and less where it need not."""
+    size = (512, 16, 32768)  # logits of 64 MiB
+    plain, ours = (lm_head_cpu.extra_gib(name, size) for name in (lm_head_cpu.PLAIN, lm_head_cpu.OURS))
+    if plain is None:
+        pytest.skip("needs Linux's /proc")
+    assert plain > 2 * 2**-4 and ours < plain / 2
