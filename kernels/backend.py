@@ -18,4 +18,6 @@ def uses_triton(x: Tensor) -> bool:
 
 def on_device(x: Tensor) -> AbstractContextManager:
     """Makes the tensor's GPU the current one, since Triton launches on that; nothing to do on the CPU."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)

@@ -22,7 +22,7 @@ from ilr_kernels import lm_head_checks as checks
 from ilr_kernels.backend import uses_triton
 from ilr_kernels.lm_head_autograd import FormedGradients, LinearLogprob, choose_sweep, differentiates, make_buffers
 from ilr_kernels.policy_loss import PolicyLoss, TokenInputs, TokenLoss, Turns, mean_stats, sum_stats, token_loss
-from ilr_kernels.rows import capturing, counted, needed_rows, put, take
+from ilr_kernels.rows import Counting, Gate, capturing, counted, over_needed_rows, put, take
 from ilr_kernels.sweep import Given, Gradients, Head, Policy, Swept, accumulation_dtype
 from torch import Tensor
 
@@ -53,14 +53,13 @@ def linear_logprob(
     """
     checks.check_head(hidden_TD, weight_VD, target_T, bias_V, temperature, softcap)
     if capturing(hidden_TD):
-        ignored_T, rows = target_T == checks.IGNORED, None
+        ignored_T, counting = target_T == checks.IGNORED, None
         target_T = torch.where(ignored_T, 0, target_T)
     else:
-        ignored_T = None
-        rows = needed_rows(target_T, (), len(weight_VD))
+        ignored_T, counting = None, Counting(target_T, (), len(weight_VD))
     keep_softmax = keep_softmax and differentiates(hidden_TD, weight_VD, bias_V, None)
     logp_T, entropy_T = LinearLogprob.apply(
-        hidden_TD, weight_VD, bias_V, target_T, rows, temperature, softcap, with_entropy, keep_softmax
+        hidden_TD, weight_VD, bias_V, target_T, counting, temperature, softcap, with_entropy, keep_softmax
     )
     if ignored_T is not None:
         logp_T, entropy_T = (None if x is None else torch.where(ignored_T, 0, x) for x in (logp_T, entropy_T))
@@ -84,16 +83,14 @@ def logits_logprob(
     argument for a wrong shape, dtype or device and for a target outside the vocabulary.
     """
     checks.check_logits(logits_TV, target_T, temperature, softcap)
-    ignored_T = target_T == checks.IGNORED
-    if not capturing(logits_TV):
-        needed_rows(target_T, (), logits_TV.shape[1])
-    target_T = torch.where(ignored_T, 0, target_T)
+    counting = None if capturing(logits_TV) else Counting(target_T, (), logits_TV.shape[1])
     if uses_triton(logits_TV):
         from ilr_kernels.lm_head_triton import read_logits as read
     else:
         from ilr_kernels.logits_torch import read_logits as read
     logp_T, entropy_T = read(logits_TV, target_T, temperature, softcap)
-    logp_T, entropy_T = (torch.where(ignored_T, 0, x) for x in (logp_T, entropy_T))
+    if counting is not None:
+        counting.check()
     return (logp_T, entropy_T) if with_entropy else logp_T
 
 
@@ -152,18 +149,24 @@ def linear_policy_loss(
     checks.check_buffer(weight_grad_VD, weight_VD)
     checks.check_chunk(chunk)
     forms_gradients = differentiates(hidden_TD, weight_VD, bias_V, weight_grad_VD)
+    head = Head(weight_VD, bias_V, temperature, softcap)
+    dtype = accumulation_dtype(hidden_TD.dtype)
+
+    def run(rows: Tensor | None, gate: Gate | None) -> tuple[Tensor | None, TokenInputs, Gradients | None, Swept]:
+        turns = _turns(loss, None if turn_T is None else take(turn_T, rows))
+        inputs = TokenInputs(*(x if x is None else take(x, rows).to(dtype) for x in vectors.values()), turns)
+        hidden_ND, target_N = take(hidden_TD, rows), take(target_T, rows)
+        grads = make_buffers(head, hidden_ND, hidden_TD.requires_grad, weight_grad_VD) if forms_gradients else None
+        return rows, inputs, grads, _sweep_policy(head, hidden_ND, target_N, loss, inputs, grads, chunk, gate)
+
     with torch.no_grad():
         if capturing(hidden_TD):
             target_T, vectors = _masked(target_T, vectors)
-            rows, turns = None, _turns(loss, turn_T)
+            counting = None
         else:
-            rows, turns = _needed_rows(loss, target_T, len(weight_VD), advantage_T, token_weight_T, turn_T)
-        dtype = accumulation_dtype(hidden_TD.dtype)
-        inputs = TokenInputs(*(x if x is None else take(x, rows).to(dtype) for x in vectors.values()), turns)
-        head = Head(weight_VD, bias_V, temperature, softcap)
-        hidden_ND = take(hidden_TD, rows)
-        grads = make_buffers(head, hidden_ND, hidden_TD.requires_grad, weight_grad_VD) if forms_gradients else None
-        swept = _sweep_policy(head, hidden_ND, take(target_T, rows), loss, inputs, grads, chunk)
+            factors = _factors(loss, target_T, advantage_T, token_weight_T, turn_T)
+            counting = Counting(target_T, factors, len(weight_VD))
+        rows, inputs, grads, swept = over_needed_rows(counting, run)
         stats = _stats(loss, swept, inputs, rows, len(target_T))
         if with_logp and rows is not None:
             _fill_rest(head, hidden_TD, target_T, rows, chunk, stats)
@@ -186,6 +189,7 @@ def _sweep_policy(
     inputs: TokenInputs,
     grads: Gradients | None,
     chunk: int | None,
+    gate: Gate | None,
 ) -> Swept:
     """One sweep where each row's loss is its own; two where it is its turn's: log-probs first, then gradients."""
     sweep = choose_sweep(hidden_ND, head.weight_VD)
@@ -193,8 +197,8 @@ def _sweep_policy(
         nothing_N = inputs.weight_N
         return Swept(nothing_N, nothing_N, TokenLoss(*[nothing_N] * 6))
     if not loss.over_turns:
-        return sweep(head, hidden_ND, target_N, Policy(loss, inputs), grads, chunk)
-    swept = sweep(head, hidden_ND, target_N, None, None, chunk)
+        return sweep(head, hidden_ND, target_N, Policy(loss, inputs), grads, chunk, gate=gate)
+    swept = sweep(head, hidden_ND, target_N, None, None, chunk, gate=gate)
     losses = token_loss(loss, swept.logp_N, swept.entropy_N, inputs)
     if grads is not None:
         step = Given(losses.dlogp_N, losses.dentropy_N if loss.entropy_coef != 0 else None)
@@ -213,22 +217,15 @@ def _turns(loss: PolicyLoss, turn_T: Tensor | None) -> Turns | None:
     return Turns.of(turn_T) if loss.over_turns and turn_T is not None else None
 
 
-def _needed_rows(
-    loss: PolicyLoss,
-    target_T: Tensor,
-    vocabulary: int,
-    advantage_T: Tensor,
-    weight_T: Tensor,
-    turn_T: Tensor | None,
-) -> tuple[Tensor | None, Turns | None]:
-    """The rows that must be computed (None: all), and their turns. Targets are checked on the way."""
+def _factors(
+    loss: PolicyLoss, target_T: Tensor, advantage_T: Tensor, weight_T: Tensor, turn_T: Tensor | None
+) -> tuple[Tensor, ...]:
+    """What must not be 0 for a row to be needed; a row is where any of its turn is, if the loss is over turns."""
     factors = (weight_T, advantage_T) if loss.beta == 0 and loss.entropy_coef == 0 else (weight_T,)
     turns = _turns(loss, turn_T)
-    if turns is None or turn_T is None:
-        return needed_rows(target_T, factors, vocabulary), None
-    live_T = turns.sum(counted(target_T, factors).float()) > 0
-    rows = needed_rows(target_T, (live_T.float(),), vocabulary)
-    return rows, turns if rows is None else Turns.of(turn_T[rows])
+    if turns is None:
+        return factors
+    return (turns.sum(counted(target_T, factors).float()),)
 
 
 def _fill_rest(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from ilr_kernels.backend import uses_triton
-from ilr_kernels.rows import put, take
+from ilr_kernels.rows import Gate, over_needed_rows, put, take
 from ilr_kernels.sweep import Given, Gradients, Head, accumulation_dtype
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -40,22 +40,25 @@ class LinearLogprob(torch.autograd.Function):
     """Log-probs and entropies; the backward pass forms the logits again, or uses the softmax that was kept."""
 
     @staticmethod
-    def forward(ctx, hidden_TD, weight_VD, bias_V, target_T, rows, temperature, softcap, with_entropy, keep):  # type: ignore[override]
-        ctx.save_for_backward(hidden_TD, weight_VD, bias_V, target_T, rows)
+    def forward(ctx, hidden_TD, weight_VD, bias_V, target_T, counting, temperature, softcap, with_entropy, keep):  # type: ignore[override]
         ctx.temperature, ctx.softcap, ctx.with_entropy, ctx.kept = temperature, softcap, with_entropy, None
-        hidden_ND, target_N = take(hidden_TD, rows), take(target_T, rows)
-        if len(target_N) == 0:
-            nothing_T = hidden_TD.new_zeros(len(target_T), dtype=accumulation_dtype(hidden_TD.dtype))
-            return nothing_T, nothing_T.clone() if with_entropy else None
         head = Head(weight_VD, bias_V, temperature, softcap)
-        if keep and keeps_softmax(hidden_ND, weight_VD):
-            from ilr_kernels import softmax_product
 
-            ctx.kept = softmax_product.keep(head, hidden_ND, target_N, with_entropy)
-            found = ctx.kept.logp_N, ctx.kept.entropy_N
-        else:
+        def run(rows: Tensor | None, gate: Gate | None) -> tuple[Tensor | None, tuple[Tensor | None, Tensor | None]]:
+            hidden_ND, target_N = take(hidden_TD, rows), take(target_T, rows)
+            if len(target_N) == 0:
+                nothing_N = hidden_TD.new_zeros(0, dtype=accumulation_dtype(hidden_TD.dtype))
+                return rows, (nothing_N, nothing_N if with_entropy else None)
+            if keep and keeps_softmax(hidden_ND, weight_VD):
+                from ilr_kernels import softmax_product
+
+                ctx.kept = softmax_product.keep(head, hidden_ND, target_N, with_entropy, gate)
+                return rows, (ctx.kept.logp_N, ctx.kept.entropy_N)
             sweep = choose_sweep(hidden_ND, weight_VD)
-            found = sweep(head, hidden_ND, target_N, None, None, with_entropy=with_entropy)[:2]
+            return rows, sweep(head, hidden_ND, target_N, None, None, with_entropy=with_entropy, gate=gate)[:2]
+
+        rows, found = over_needed_rows(counting, run)
+        ctx.save_for_backward(hidden_TD, weight_VD, bias_V, target_T, rows)
         return tuple(None if x is None else put(x, rows, len(target_T), 0) for x in found)
 
     @staticmethod
@@ -92,9 +95,9 @@ def _scaled(x: Tensor, factor: Tensor) -> Tensor:
     """x · factor in place; on a GPU a factor of 1 costs next to nothing, and nobody has to wait to see it."""
     if not x.is_cuda or x.dtype == torch.float64 or not x.is_contiguous():
         return x.mul_(factor)
-    from ilr_kernels import softmax_product
+    from ilr_kernels.scaling import scale
 
-    return softmax_product.scale(x, factor)
+    return scale(x, factor)
 
 
 def make_buffers(head: Head, hidden_ND: Tensor, dhidden: bool, weight_grad_VD: Tensor | None) -> Gradients:

@@ -1,7 +1,9 @@
 """The Triton pass over a chunk's logits: softmax statistics, then the gradient in the logits' place.
 
-One program takes one row, reads it once for the statistics (a running maximum and the sums rescaled to it) and, where a
-gradient is wanted, once more to overwrite it. Everything is calculated in float32 whatever the logits are held in.
+One program takes one row, reads it once for the statistics and, where a gradient is wanted, once more to overwrite it.
+The sums are of exponentials relative to the target's own logit, so that no maximum need be known or reduced on the way;
+a row whose sum then overflows is read twice more, relative to its peak. Everything is calculated in float32 whatever
+the logits are held in.
 """
 
 import triton
@@ -9,16 +11,48 @@ import triton.language as tl
 from ilr_kernels.kernel_math import log1p, tanh
 from ilr_kernels.policy_loss_kernel import row_derivatives
 
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+OVERFLOW = tl.constexpr(1.2676506e30)  # 2^100: sums above it are not trusted
+
 
 @triton.jit
-def _finish(logit, softcap, temperature, SOFTCAP: tl.constexpr):
-    """The finished logit and its derivative by the raw one: soft-cap first, then temperature."""
-    slope = 1.0 / temperature
+def _capped(logit, softcap, SOFTCAP: tl.constexpr):
+    """The soft-capped logit, and its derivative by the raw one."""
+    slope = 1.0
     if SOFTCAP:
         bounded = tanh(logit / softcap)
         logit = softcap * bounded
-        slope *= 1.0 - bounded * bounded
-    return logit / temperature, slope
+        slope = 1.0 - bounded * bounded
+    return logit, slope
+
+
+@triton.jit
+def _sums(p_row, target, shift, vocabulary, softcap, scale, SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr):
+    """(Σ 2^y, Σ 2^y y) over v ≠ target, y = scale (logit − shift): a confident row's 1 − p is not rounded away."""
+    o_v = tl.arange(0, BLOCK_V)
+    b_others = tl.zeros([BLOCK_V], tl.float32)
+    b_moment = tl.zeros([BLOCK_V], tl.float32)
+    for start in range(0, vocabulary, BLOCK_V):
+        m_v = start + o_v < vocabulary
+        b_logit, _b_slope = _capped(tl.load(p_row + start + o_v, mask=m_v, other=0.0).to(tl.float32), softcap, SOFTCAP)
+        b_y = (b_logit - shift) * scale
+        b_e = tl.where(m_v & (start + o_v != target), tl.exp2(b_y), 0.0)
+        b_others += b_e
+        b_moment += b_e * b_y
+    return tl.sum(b_others, 0), tl.sum(b_moment, 0)
+
+
+@triton.jit
+def _peak(p_row, vocabulary, softcap, SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr):
+    """The largest soft-capped logit of a row."""
+    o_v = tl.arange(0, BLOCK_V)
+    b_peak = tl.full([BLOCK_V], -float("inf"), tl.float32)
+    for start in range(0, vocabulary, BLOCK_V):
+        m_v = start + o_v < vocabulary
+        b_logit, _b_slope = _capped(tl.load(p_row + start + o_v, mask=m_v, other=0.0).to(tl.float32), softcap, SOFTCAP)
+        b_peak = tl.maximum(b_peak, tl.where(m_v, b_logit, -float("inf")))
+    return tl.max(b_peak, 0)
 
 
 @triton.jit(do_not_specialize=["first_row"])
@@ -62,31 +96,23 @@ def rows_kernel(
     p_row = p_logits + row * stride
     row += first_row
     target = tl.load(p_target + row)
-    target_logit = tl.load(p_row + target).to(tl.float32)
-    target_x, _target_slope = _finish(target_logit, softcap, temperature, SOFTCAP)
-    o_v = tl.arange(0, BLOCK_V)
-
-    peak = -float("inf")
-    others = 0.0  # Σ over v ≠ target of exp(x − peak): a confident row's 1 − p is not rounded away
-    moment = 0.0  # Σ over v ≠ target of exp(x − peak) (x − peak)
-    for start in range(0, vocabulary, BLOCK_V):
-        m_v = start + o_v < vocabulary
-        b_logit = tl.load(p_row + start + o_v, mask=m_v, other=0.0).to(tl.float32)
-        b_x, _b_slope = _finish(b_logit, softcap, temperature, SOFTCAP)
-        new_peak = tl.maximum(peak, tl.max(tl.where(m_v, b_x, -float("inf")), 0))
-        drop = tl.where(start == 0, 0.0, peak - new_peak)
-        b_x -= new_peak
-        b_e = tl.where(m_v & (start + o_v != target), tl.exp(b_x), 0.0)
-        scale = tl.exp(drop)
-        moment = scale * (moment + drop * others) + tl.sum(b_e * b_x, 0)
-        others = scale * others + tl.sum(b_e, 0)
-        peak = new_peak
-    distance = target_x - peak
-    own = tl.exp(distance)
+    if (target < 0) | (target >= vocabulary):  # an ignored row, where none was left out
+        tl.store(p_logp + row, 0.0)
+        tl.store(p_entropy + row, 0.0)
+        return
+    target_logit, _target_slope = _capped(tl.load(p_row + target).to(tl.float32), softcap, SOFTCAP)
+    scale = LOG2E / temperature
+    shift = target_logit
+    others, moment = _sums(p_row, target, shift, vocabulary, softcap, scale, SOFTCAP, BLOCK_V)
+    if not (others < OVERFLOW):  # the target lies far below the peak: sums relative to that
+        shift = _peak(p_row, vocabulary, softcap, SOFTCAP, BLOCK_V)
+        others, moment = _sums(p_row, target, shift, vocabulary, softcap, scale, SOFTCAP, BLOCK_V)
+    distance = (target_logit - shift) * scale
+    own = tl.exp2(distance)
     total = own + others
     log_total = tl.where(distance == 0.0, log1p(others), tl.log(total))
-    logp = distance - log_total
-    entropy = log_total - (moment + own * distance) / total
+    logp = distance * LN2 - log_total
+    entropy = log_total - (moment + own * distance) * LN2 / total
     tl.store(p_logp + row, logp)
     tl.store(p_entropy + row, entropy)
 
@@ -98,11 +124,14 @@ def rows_kernel(
 
     if GRADIENT:
         at_target = (dlogp * others - dentropy * own * (logp + entropy)) / total
+        log2_total = log_total * LOG2E
+        inverse = 1.0 / temperature
+        o_v = tl.arange(0, BLOCK_V)
         for start in range(0, vocabulary, BLOCK_V):
             m_v = start + o_v < vocabulary
             b_logit = tl.load(p_row + start + o_v, mask=m_v, other=0.0).to(tl.float32)
-            b_x, b_slope = _finish(b_logit, softcap, temperature, SOFTCAP)
-            b_logp = b_x - peak - log_total  # in this order nothing is rounded at the peak's size
-            b_dx = -tl.exp(b_logp) * (dlogp + dentropy * (b_logp + entropy))
-            b_dx = tl.where(start + o_v == target, at_target, b_dx)
-            tl.store(p_row + start + o_v, (b_dx * b_slope).to(p_logits.dtype.element_ty), mask=m_v)
+            b_logit, b_slope = _capped(b_logit, softcap, SOFTCAP)
+            b_y = (b_logit - shift) * scale - log2_total  # in this order nothing is rounded at the peak's size
+            b_dx = -tl.exp2(b_y) * (dlogp + dentropy * (b_y * LN2 + entropy))
+            b_dx = tl.where(start + o_v == target, at_target, b_dx) * inverse * b_slope
+            tl.store(p_row + start + o_v, b_dx.to(p_logits.dtype.element_ty), mask=m_v)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from ilr_kernels.policy_loss import TokenLoss, token_loss
+from ilr_kernels.rows import Gate
 from ilr_kernels.sweep import Given, Gradients, Head, Policy, Swept, accumulation_dtype, chunk_logits, spread_gradients
 from torch import Tensor
 
@@ -28,6 +29,7 @@ def sweep(
     grads: Gradients | None,
     chunk: int | None = None,
     with_entropy: bool = True,
+    gate: Gate | None = None,
 ) -> Swept:
     """Log-probs and entropies of N rows, and into `grads` the gradients that `step` asks for (see `sweep.py`)."""
     n, vocabulary = len(hidden_ND), len(head.weight_VD)
@@ -45,6 +47,8 @@ def sweep(
         entropy_N=torch.empty_like(logp_N) if with_entropy else None,
     )
     slab_CV = hidden_ND.new_empty(chunk, vocabulary)
+    if gate is not None:
+        gate()
     for start in range(0, n, chunk):
         rows = slice(start, min(start + chunk, n))
         logits_CV = chunk_logits(head, hidden_ND[rows], slab_CV)

@@ -11,12 +11,13 @@ import torch
 import triton
 from ilr_kernels.backend import on_device
 from ilr_kernels.lm_head_kernel import rows_kernel
+from ilr_kernels.rows import Gate
 from ilr_kernels.step_arguments import step_constants, step_vectors
 from ilr_kernels.sweep import Gradients, Head, Step, Swept, chunk_logits, spread_gradients
 from torch import Tensor
 
 CHUNK_ELEMENTS = 2**28  # logits held at once: 512 MiB of 16-bit floats
-BLOCK_BYTES = 8192  # of a row's logits, worked on at once
+BLOCK_BYTES = 4096  # of a row's logits, worked on at once
 WARPS = 8
 
 
@@ -28,6 +29,7 @@ def sweep(
     grads: Gradients | None,
     chunk: int | None = None,
     with_entropy: bool = True,
+    gate: Gate | None = None,
 ) -> Swept:
     """Log-probs and entropies of N rows, and into `grads` the gradients that `step` asks for (see `sweep.py`)."""
     n, vocabulary = len(hidden_ND), len(head.weight_VD)
@@ -36,6 +38,8 @@ def sweep(
     slab_CV = hidden_ND.new_empty(chunk, vocabulary)
     vectors, losses = step_vectors(step, logp_N)
     target_N = target_N.contiguous()
+    if gate is not None:
+        gate()
     for start in range(0, n, chunk):
         rows = slice(start, min(start + chunk, n))
         logits_CV = chunk_logits(head, hidden_ND[rows], slab_CV)
@@ -48,7 +52,7 @@ def sweep(
 def read_logits(
     logits_TV: Tensor, target_T: Tensor, temperature: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies [T] of given logits, which are read once."""
+    """Log-probs and entropies [T] of given logits, which are read once; 0 where the target is outside."""
     logp_T, entropy_T = logits_TV.new_empty(2, len(logits_TV), dtype=torch.float32)
     logits_TV = logits_TV if logits_TV.stride(1) == 1 else logits_TV.contiguous()
     if len(logits_TV) > 0:

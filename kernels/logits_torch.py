@@ -12,7 +12,7 @@ BLOCK_ELEMENTS = 2**20  # logits worked on at once
 def read_logits(
     logits_TV: Tensor, target_T: Tensor, temperature: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies [T], float32 (float64 for float64 logits)."""
+    """Log-probs and entropies [T], float32 (float64 for float64 logits); 0 where the target is outside."""
     tokens, vocabulary = logits_TV.shape
     logp_T, entropy_T = logits_TV.new_empty(2, tokens, dtype=accumulation_dtype(logits_TV.dtype))
     block = max(1, BLOCK_ELEMENTS // vocabulary)
@@ -22,6 +22,8 @@ def read_logits(
         if softcap is not None:
             x_BV = softcap * torch.tanh(x_BV / softcap)
         logp_BV = torch.log_softmax(x_BV / temperature, dim=1)
-        logp_T[rows] = logp_BV.gather(1, target_T[rows, None])[:, 0]
-        entropy_T[rows] = -(logp_BV.exp() * logp_BV).sum(1)
+        target_B = target_T[rows]
+        valid_B = (target_B >= 0) & (target_B < vocabulary)
+        logp_T[rows] = torch.where(valid_B, logp_BV.gather(1, torch.where(valid_B, target_B, 0)[:, None])[:, 0], 0)
+        entropy_T[rows] = torch.where(valid_B, -(logp_BV.exp() * logp_BV).sum(1), 0)
     return logp_T, entropy_T

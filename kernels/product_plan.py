@@ -28,6 +28,7 @@ class Plan(NamedTuple):
     warps: int
     stages: int
     programs: int
+    specialized: bool = False  # whether groups of warps take roles (`softmax_product_gluon.py`)
 
 
 BAND_BYTES = 2**24  # hidden states of the rows that share a pass over the weights
@@ -50,7 +51,7 @@ def card_plan(capability: int, shared_memory: int, processors: int, depth: int, 
     group = min(32, max(8, BAND_BYTES // (2 * 128 * depth)))
     tma, large = capability >= 90, shared_memory >= 160 * 1024
     if tma and large and capability < 100 and not softcap:
-        return Plan(True, True, True, 128, 256, 64, group, warps=8, stages=4, programs=processors)
+        return Plan(True, True, True, 128, 256, 64, group, 8, 4, processors, specialized=True)
     depth_of_tile, stages = (64, 4) if large else (32, 3)
     return Plan(tma, tma and large, False, 128, 128, depth_of_tile, group, warps=8, stages=stages, programs=processors)
 

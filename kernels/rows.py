@@ -2,28 +2,107 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from ilr_kernels.backend import on_device
 from ilr_kernels.lm_head_checks import IGNORED
 from torch import Tensor
 
+Gate = Callable[[], None]
+Result = TypeVar("Result")
 
-def needed_rows(target_T: Tensor, factors: tuple[Tensor, ...], vocabulary: int) -> Tensor | None:
-    """The rows whose target is not ignored and none of whose factors is 0; None where that is all of them.
 
-    The one place that waits for a GPU, which has looked at everything in one launch by then. A target outside the
-    vocabulary raises ValueError.
+class SomeRows(Exception):
+    """Not all rows are needed after all."""
+
+
+def over_needed_rows(counting: Counting | None, run: Callable[[Tensor | None, Gate | None], Result]) -> Result:
+    """run(rows, gate) over the rows that `counting` finds are needed (None: all).
+
+    While a GPU still counts, everything is prepared for all rows: `run` calls `gate` before its first costly launch,
+    and is done again with fewer rows where that raises.
     """
-    outside, needed = _counts(target_T, factors, vocabulary)
-    if outside > 0:
-        outside_T = ((target_T < 0) | (target_T >= vocabulary)) & (target_T != IGNORED)
-        row = int(outside_T.nonzero()[0])
-        raise ValueError(
-            f"target_T[{row}] = {int(target_T[row])} is outside the vocabulary of {vocabulary} (ignored: {IGNORED})"
-        )
-    if needed == len(target_T):
-        return None
-    return torch.nonzero_static(counted(target_T, factors), size=needed)[:, 0]
+    if counting is None:
+        return run(None, None)
+    if not counting.under_way:
+        return run(counting.rows(), None)
+    try:
+        return run(None, counting.expect_all)
+    except SomeRows:  # what was prepared is given back before the second run
+        pass
+    return run(counting.rows(), None)
+
+
+class Counting:
+    """What a look at targets and factors will have found, by the time that somebody waits for it.
+
+    The GPU looks while the host goes on; `rows` is the one place that waits for it.
+    """
+
+    def __init__(self, target_T: Tensor, factors: tuple[Tensor, ...], vocabulary: int):
+        self._target_T, self._factors, self._vocabulary = target_T, factors, vocabulary
+        self._event: torch.cuda.Event | None = None
+        if target_T.is_cuda:
+            self._launch()
+        else:
+            valid_T = (target_T >= 0) & (target_T < vocabulary) | (target_T == IGNORED)
+            self._counts = torch.stack([(~valid_T).sum(), counted(target_T, factors).sum()])
+
+    @property
+    def under_way(self) -> bool:
+        """Whether somebody would have to wait."""
+        return self._event is not None
+
+    def expect_all(self) -> None:
+        """Raises SomeRows unless all rows are needed, and ValueError for a target outside the vocabulary."""
+        if self._wait() < len(self._target_T):
+            raise SomeRows
+
+    def check(self) -> None:
+        """Raises ValueError for a target outside the vocabulary."""
+        self._wait()
+
+    def rows(self) -> Tensor | None:
+        """The rows whose target is not ignored and none of whose factors is 0; None where that is all of them.
+
+        Raises ValueError for a target outside the vocabulary.
+        """
+        needed = self._wait()
+        if needed == len(self._target_T):
+            return None
+        return torch.nonzero_static(counted(self._target_T, self._factors), size=needed)[:, 0]
+
+    def _wait(self) -> int:
+        if self._event is not None:
+            self._event.synchronize()
+            self._event = None
+        outside, needed = self._counts.tolist()
+        if outside > 0:
+            target_T, vocabulary = self._target_T, self._vocabulary
+            outside_T = ((target_T < 0) | (target_T >= vocabulary)) & (target_T != IGNORED)
+            row = int(outside_T.nonzero()[0])
+            raise ValueError(
+                f"target_T[{row}] = {int(target_T[row])} is outside the vocabulary of {vocabulary} (ignored: {IGNORED})"
+            )
+        return needed
+
+    def _launch(self) -> None:
+        """One kernel, whose two counts come back on their own."""
+        from ilr_kernels.launch import launch
+        from ilr_kernels.rows_kernel import count_kernel
+
+        target_T = self._target_T
+        counts = target_T.new_empty(2)
+        first, second = (*(f.contiguous() for f in self._factors), None, None)[:2]
+        self._counts = torch.empty(2, dtype=torch.int64, pin_memory=True)
+        with on_device(target_T):
+            arguments = (target_T.contiguous(), first, second, counts, len(target_T), self._vocabulary)
+            launch(count_kernel, (1,), arguments, (IGNORED, 4096), num_warps=16)
+            self._counts.copy_(counts, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
 
 
 def counted(target_T: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
@@ -32,31 +111,6 @@ def counted(target_T: Tensor, factors: tuple[Tensor, ...]) -> Tensor:
     for factor_T in factors:
         counted_T &= factor_T != 0
     return counted_T
-
-
-def _counts(target_T: Tensor, factors: tuple[Tensor, ...], vocabulary: int) -> tuple[int, int]:
-    """How many targets lie outside the vocabulary, and how many rows are needed."""
-    if not target_T.is_cuda:
-        outside_T = ((target_T < 0) | (target_T >= vocabulary)) & (target_T != IGNORED)
-        return int(outside_T.sum()), int(counted(target_T, factors).sum())
-    from ilr_kernels.rows_kernel import count_kernel
-
-    counts = target_T.new_empty(2)
-    first, second = (*factors, None, None)[:2]
-    with on_device(target_T):
-        count_kernel[(1,)](
-            target_T.contiguous(),
-            None if first is None else first.contiguous(),
-            None if second is None else second.contiguous(),
-            counts,
-            len(target_T),
-            vocabulary,
-            IGNORED=IGNORED,
-            BLOCK=4096,
-            num_warps=16,
-        )
-    outside, needed = counts.tolist()
-    return outside, needed
 
 
 def take(x_T: Tensor, rows: Tensor | None) -> Tensor:

@@ -10,39 +10,20 @@ Under TRITON_INTERPRET=1 the same code runs on CPU tensors.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 from ilr_kernels import softmax_product_kernel as kernels
 from ilr_kernels.backend import on_device
-from ilr_kernels.product_plan import Plan, plan
+from ilr_kernels.rows import Gate
+from ilr_kernels.scaling import add_scaled_rows, scale_rows
+from ilr_kernels.softmax_fill import Softmax, fill
 from ilr_kernels.step_arguments import step_constants, step_vectors
 from ilr_kernels.sweep import Given, Gradients, Head, Policy, Step, Swept, add_product
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Exponentials held at once: 1.25 GiB; for large heads, whose dweight each chunk reads and writes, up to two heads.
 CHUNK_ELEMENTS = 5 * 2**27, 2**30
 STATISTICS_ROWS = 2**15  # rows at once where nothing is held but their sums
-LOG2E = 1.4426950408889634
-
-
-class Softmax(NamedTuple):
-    """What one pass over N rows leaves: float32 vectors, and the exponentials where they were wanted."""
-
-    logp_N: Tensor
-    entropy_N: Tensor | None
-    target_x_N: Tensor
-    shift_N: Tensor
-    others_N: Tensor
-    exps_NV: Tensor | None
-
-    def at(self, rows: slice) -> Softmax:
-        """The same of some rows; exponentials are those of a chunk and stay whole."""
-        entropy_N = None if self.entropy_N is None else self.entropy_N[rows]
-        vectors = (self.target_x_N[rows], self.shift_N[rows], self.others_N[rows])
-        return Softmax(self.logp_N[rows], entropy_N, *vectors, self.exps_NV)
 
 
 def sweep(
@@ -53,6 +34,7 @@ def sweep(
     grads: Gradients | None,
     chunk: int | None = None,
     with_entropy: bool = True,
+    gate: Gate | None = None,
 ) -> Swept:
     """Log-probs and entropies of N rows, and into `grads` the gradients that `step` asks for (see `sweep.py`)."""
     hidden_ND, target_N = _laid_out(hidden_ND, target_N)
@@ -67,20 +49,23 @@ def sweep(
         for start in range(0, n, chunk):
             rows = slice(start, min(start + chunk, n))
             softmax = whole.at(rows)._replace(exps_NV=None if slab_CV is None else slab_CV[: rows.stop - start])
-            fill(head, hidden_ND[rows], target_N[rows], softmax, slope=not _entropy_counts(step))
+            fill(head, hidden_ND[rows], target_N[rows], softmax, slope=not _entropy_counts(step), gate=gate)
             if start == 0:  # the GPU is busy from here on
+                gate = None
                 vectors, losses = step_vectors(step, whole.logp_N)
             _apply(head, hidden_ND, target_N, softmax, step, vectors, grads, rows)
     return Swept(whole.logp_N, whole.entropy_N, losses)
 
 
-def keep(head: Head, hidden_ND: Tensor, target_N: Tensor, with_entropy: bool) -> Softmax:
+def keep(
+    head: Head, hidden_ND: Tensor, target_N: Tensor, with_entropy: bool, gate: Gate | None = None
+) -> Softmax:
     """One pass over N rows that keeps all exponentials, for `spread` to make gradients of."""
     hidden_ND, target_N = _laid_out(hidden_ND, target_N)
     softmax = _vectors(hidden_ND, len(hidden_ND), with_entropy)
     softmax = softmax._replace(exps_NV=_slab(hidden_ND, len(hidden_ND), len(head.weight_VD)))
     with on_device(hidden_ND):
-        fill(head, hidden_ND, target_N, softmax, slope=not with_entropy)
+        fill(head, hidden_ND, target_N, softmax, slope=not with_entropy, gate=gate)
     return softmax
 
 
@@ -90,16 +75,6 @@ def spread(head: Head, hidden_ND: Tensor, target_N: Tensor, softmax: Softmax, st
     vectors, _ = step_vectors(step, softmax.logp_N)
     with on_device(hidden_ND):
         _apply(head, hidden_ND, target_N, softmax, step, vectors, grads, slice(0, len(hidden_ND)))
-
-
-def scale(x: Tensor, factor: Tensor) -> Tensor:
-    """x · factor in place, for a contiguous x and a scalar on the same GPU."""
-    programs = 8 * torch.cuda.get_device_properties(x.device).multi_processor_count
-    with on_device(x):
-        kernels.scale_kernel[(min(programs, triton.cdiv(x.numel(), 4096)),)](
-            x, factor, x.numel(), PROGRAMS=programs, BLOCK=4096, num_warps=8
-        )
-    return x
 
 
 def default_chunk(vocabulary: int, depth: int) -> int:
@@ -113,108 +88,6 @@ def balanced(n: int, most: int, tile: int) -> int:
     chunks = -(-n // min(n, most))
     rows = -(-n // chunks)
     return min(rows + -rows % tile, most) if most >= tile else rows
-
-
-def fill(head: Head, hidden_CD: Tensor, target_C: Tensor, softmax: Softmax, slope: bool) -> None:
-    """Computes a chunk's softmax into `softmax`; the last four launches do nothing unless a sum overflowed."""
-    rows, vocabulary = len(hidden_CD), len(head.weight_VD)
-    chosen = plan(hidden_CD, head.weight_VD, head.softcap is not None)
-    tiles = triton.cdiv(vocabulary, chosen.block_n)
-    total, moment = softmax.logp_N.new_empty(2, tiles, rows)
-    redo = softmax.logp_N.new_empty(1, dtype=torch.int32)
-    softcap = {"softcap": float(head.softcap or 0.0), "SOFTCAP": head.softcap is not None}
-    kernels.target_kernel[(rows,)](
-        hidden_CD,
-        head.weight_VD,
-        head.bias_V,
-        target_C,
-        softmax.target_x_N,
-        softmax.shift_N,
-        redo,
-        hidden_CD.shape[1],
-        hidden_CD.stride(0),
-        head.weight_VD.stride(0),
-        temperature=float(head.temperature),
-        BLOCK_D=min(2048, triton.next_power_of_2(hidden_CD.shape[1])),
-        num_warps=4,
-        enable_fp_fusion=True,
-        **softcap,
-    )
-
-    def product(peak: bool, redo: Tensor | None) -> None:
-        exps_CV = None if peak else softmax.exps_NV
-        kernels.product_kernel[(min(chosen.programs, tiles * triton.cdiv(rows, chosen.block_m)),)](
-            *_operands(chosen, hidden_CD, head.weight_VD, exps_CV),
-            head.bias_V,
-            target_C,
-            softmax.shift_N,
-            total,
-            moment,
-            redo,
-            rows,
-            vocabulary,
-            hidden_CD.shape[1],
-            hidden_CD.stride(0),
-            head.weight_VD.stride(0),
-            0 if exps_CV is None else exps_CV.stride(0),
-            scale=LOG2E / head.temperature,
-            SLOPE=slope,
-            MOMENT=softmax.entropy_N is not None and not peak,
-            PEAK=peak,
-            TMA=chosen.tma,
-            FLATTEN=chosen.flatten,
-            HALVES=chosen.halves,
-            WIDEN=not hidden_CD.is_cuda,
-            PROGRAMS=chosen.programs,
-            BLOCK_M=chosen.block_m,
-            BLOCK_N=chosen.block_n,
-            BLOCK_K=chosen.block_k,
-            GROUP=chosen.group,
-            num_warps=chosen.warps,
-            num_stages=chosen.stages,
-            enable_fp_fusion=True,
-            **softcap,
-        )
-
-    def sums(again: bool) -> None:
-        kernels.sums_kernel[(triton.cdiv(rows, 32),)](
-            total,
-            moment,
-            softmax.target_x_N,
-            softmax.shift_N,
-            softmax.others_N,
-            softmax.logp_N,
-            softmax.entropy_N,
-            redo,
-            rows,
-            tiles,
-            REDO=again,
-            BLOCK_R=32,
-            BLOCK_T=32,
-            num_warps=4,
-        )
-
-    product(peak=False, redo=None)
-    sums(again=False)
-    product(peak=True, redo=redo)
-    kernels.peaks_kernel[(triton.cdiv(rows, 32),)](
-        total, softmax.shift_N, softmax.others_N, redo, rows, tiles, BLOCK_R=32, BLOCK_T=32, num_warps=4
-    )
-    product(peak=False, redo=redo)
-    sums(again=True)
-
-
-def _operands(chosen: Plan, hidden_CD: Tensor, weight_VD: Tensor, exps_CV: Tensor | None) -> list[object]:
-    """hidden, weight and exponentials as the kernel takes them: descriptors for the copy engine, or tensors."""
-    operands: list[object] = [hidden_CD, weight_VD, exps_CV]
-    if not chosen.tma:
-        return operands
-    width = chosen.block_n // 2 if chosen.halves else chosen.block_n
-    blocks = ([chosen.block_m, chosen.block_k], [chosen.block_n, chosen.block_k], [chosen.block_m, width])
-    return [
-        None if x is None else TensorDescriptor(x, list(x.shape), list(x.stride()), block)
-        for x, block in zip((hidden_CD, weight_VD, exps_CV), blocks, strict=True)
-    ]
 
 
 def _apply(
@@ -241,7 +114,6 @@ def _apply(
         "temperature": float(head.temperature),
         "SOFTCAP": head.softcap is not None,
     }
-
     kernels.factors_kernel[(triton.cdiv(n, 128),)](
         exps_CV,
         target_N[rows],
@@ -297,21 +169,7 @@ def multiply_out(
         scaled_CD = scale_rows(hidden_CD, factor_C, out=hidden_CD.new_empty(hidden_CD.shape))
         add_product(grads.weight_VD, exps_CV.t(), scaled_CD, overwrite=grads.fresh and rows.start == 0)
     if grads.bias_V is not None:
-        vocabulary = exps_CV.shape[1]
-        kernels.bias_kernel[(triton.cdiv(vocabulary, 256),)](
-            exps_CV, factor_C, grads.bias_V, len(exps_CV), vocabulary, exps_CV.stride(0), BLOCK_R=32, BLOCK_V=256
-        )
-
-
-def scale_rows(x_CD: Tensor, factor_C: Tensor, out: Tensor) -> Tensor:
-    """out ← factor · x, row by row, rounded once; rows of x may be strided, those of `out` are not."""
-    if not x_CD.is_cuda:  # the interpreter rounds to bfloat16 towards zero
-        return torch.mul(x_CD, factor_C[:, None], out=out)
-    depth = x_CD.shape[1]
-    kernels.scale_rows_kernel[(len(x_CD), triton.cdiv(depth, 2048))](
-        x_CD, factor_C, out, depth, x_CD.stride(0), BLOCK_D=min(2048, triton.next_power_of_2(depth)), num_warps=4
-    )
-    return out
+        add_scaled_rows(exps_CV, factor_C, grads.bias_V)
 
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ def target_kernel(
     p_target_x,  # [rows] the target's finished logit, times log2 e
     p_shift,  # [rows] the same
     p_redo,  # [1] cleared
+    vocabulary,
     depth,
     hidden_stride,
     weight_stride,
@@ -40,9 +41,10 @@ def target_kernel(
     SOFTCAP: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program: one row's target logit in float32."""
+    """One program: one row's target logit in float32; 0 where the target is outside the vocabulary."""
     row = tl.program_id(0)
     target = tl.load(p_target + row)
+    target = tl.where((target < 0) | (target >= vocabulary), 0, target)
     p_h = p_hidden + row.to(tl.int64) * hidden_stride
     p_w = p_weight + target * weight_stride
     o_d = tl.arange(0, BLOCK_D)
@@ -374,40 +376,3 @@ def entropy_kernel(
         b_tanh = (b_y + shift) * LN2 * temperature / softcap
         b_s *= 1.0 - b_tanh * b_tanh
     tl.store(p_e, b_s.to(p_exps.dtype.element_ty), mask=m_v)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def bias_kernel(p_exps, p_factor, p_dbias, rows, vocabulary, exps_stride, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr):
-    """dbias += Σ over rows of factor · exps."""
-    o_v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
-    m_v = o_v < vocabulary
-    b_sum = tl.zeros([BLOCK_V], tl.float32)
-    for start in range(0, rows, BLOCK_R):
-        o_r = start + tl.arange(0, BLOCK_R)
-        m_r = o_r < rows
-        p_e = p_exps + o_r.to(tl.int64)[:, None] * exps_stride + o_v[None, :]
-        b_e = tl.load(p_e, mask=m_r[:, None] & m_v[None, :], other=0.0).to(tl.float32)
-        b_sum += tl.sum(b_e * tl.load(p_factor + o_r, mask=m_r, other=0.0)[:, None], 0)
-    tl.store(p_dbias + o_v, tl.load(p_dbias + o_v, mask=m_v, other=0.0) + b_sum, mask=m_v)
-
-
-@triton.jit
-def scale_rows_kernel(p_x, p_factor, p_out, depth, stride, BLOCK_D: tl.constexpr):
-    """out ← factor · x for a block of one row."""
-    row = tl.program_id(0).to(tl.int64)
-    o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    b_x = tl.load(p_x + row * stride + o_d, mask=o_d < depth, other=0.0).to(tl.float32)
-    b_x *= tl.load(p_factor + row)
-    tl.store(p_out + row * depth + o_d, b_x.to(p_out.dtype.element_ty), mask=o_d < depth)
-
-
-@triton.jit
-def scale_kernel(p_x, p_factor, count, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr):
-    """x ← x · factor, which where the factor is 1 costs no more than looking."""
-    factor = tl.load(p_factor).to(tl.float32)
-    if factor == 1.0:
-        return
-    for start in range(tl.program_id(0) * BLOCK, count, PROGRAMS * BLOCK):
-        o = start + tl.arange(0, BLOCK)
-        b_x = tl.load(p_x + o, mask=o < count, other=0.0).to(tl.float32)
-        tl.store(p_x + o, (b_x * factor).to(p_x.dtype.element_ty), mask=o < count)

@@ -41,6 +41,7 @@ class Case(NamedTuple):
     stages: int = 3
     divisible: tuple[str, ...] = ()  # arguments that are multiples of 16
     architectures: tuple[int, ...] = tuple(SHARED_MEMORY)
+    registers: int | None = None  # a thread at launch, where the kernel shares them out itself
 
 
 def import_kernels(module: str) -> Any:
@@ -88,7 +89,7 @@ def lm_head_cases() -> Iterator[Case]:
         types = {"p_logits": f"*{dtype}", "p_target": "*i64", **dict.fromkeys(vectors, "*fp32")}
         types |= {"first_row": "i32", "vocabulary": "i32", "stride": "i32", **dict.fromkeys(scalars, "fp32")}
         for name, constants in steps.items():
-            constants = base | constants | {"BLOCK_V": 4096 if dtype == "bf16" else 2048}
+            constants = base | constants | {"BLOCK_V": 2048 if dtype == "bf16" else 1024}
             yield case(f"rows_kernel {name} {dtype}", kernel, types, constants, warps=8)
 
 
@@ -126,11 +127,32 @@ def product_cases() -> Iterator[Case]:
             yield case(f"product_kernel {name}", kernel, given, plain | tiles | constants, plan.warps, **more)
 
 
+def specialized_cases() -> Iterator[Case]:
+    """The product whose groups of warps take roles, for Hopper."""
+    module = import_kernels("softmax_product_gluon")
+    plan = import_kernels("product_plan").card_plan(90, SHARED_MEMORY[90], 132, depth=4096, softcap=False)
+    assert plan.specialized
+    types = {"p_bias": "*bf16", "p_target": "*i64", "p_redo": "*i32", "scale": "fp32"}
+    types |= dict.fromkeys(SOFTMAX_VECTORS, "*fp32") | dict.fromkeys(("rows", "vocabulary", "depth"), "i32")
+    blocks = {"hidden": (64, 64), "weight": (256, 64), "exps": (64, 64)}
+    types |= {name: f"tensordesc<bf16[{m},{n}],{module.LAYOUT!r}>" for name, (m, n) in blocks.items()}
+    tiles = {"GROUP": plan.group, "PROGRAMS": plan.programs, "STAGES": plan.stages}
+    variants: dict[str, dict[str, Any]] = {
+        "loss": {"MOMENT": True, "p_bias": None, "p_redo": None},
+        "log-prob": {"MOMENT": False, "p_bias": None, "p_redo": None, "exps": None},
+        "everything": {"MOMENT": True},
+    }
+    for name, constants in variants.items():
+        more = {"divisible": ("vocabulary", "depth"), "architectures": (90,), "registers": module.REGISTERS}
+        kernel = module.specialized_product_kernel
+        yield case(f"specialized_product_kernel {name}", kernel, types, tiles | constants, plan.warps // 2, **more)
+
+
 def softmax_cases() -> Iterator[Case]:
     """What stands around that product."""
-    module = import_kernels("softmax_product_kernel")
+    module, scaling = import_kernels("softmax_product_kernel"), import_kernels("scaling_kernel")
     types = {"p_hidden": "*bf16", "p_weight": "*bf16", "p_bias": "*bf16", "p_exps": "*bf16", "p_target": "*i64"}
-    types |= dict.fromkeys(SOFTMAX_VECTORS, "*fp32") | {"p_redo": "*i32", "p_dbias": "*fp32", "p_x": "*bf16"}
+    types |= dict.fromkeys(SOFTMAX_VECTORS, "*fp32") | {"p_redo": "*i32", "p_x": "*bf16"}
     types |= dict.fromkeys(("rows", "tiles", "vocabulary", "depth", "count"), "i32")
     types |= dict.fromkeys(("hidden_stride", "weight_stride", "exps_stride"), "i32")
     scalars = ("softcap", "temperature", "clip_low", "clip_high", "dual_clip", "importance_cap", "beta", "entropy_coef")
@@ -149,10 +171,11 @@ def softmax_cases() -> Iterator[Case]:
     yield case("factors_kernel", module.factors_kernel, vectors, factors | {"ENTROPY": True}, 4)
     yield case("factors_kernel k2", module.factors_kernel, vectors, factors | {"ENTROPY": False, "KL": "k2"}, 4)
     yield case("entropy_kernel", module.entropy_kernel, vectors, {"SOFTCAP": True, "BLOCK_V": 4096}, 8)
-    yield case("bias_kernel", module.bias_kernel, vectors, {"BLOCK_R": 32, "BLOCK_V": 256}, 4)
-    rows = vectors | {"p_x": "*fp32", "p_out": "*bf16", "stride": "i32"}
-    yield case("scale_rows_kernel", module.scale_rows_kernel, rows, {"BLOCK_D": 2048}, 4)
-    yield case("scale_kernel", module.scale_kernel, vectors, {"PROGRAMS": 1056, "BLOCK": 4096}, 8)
+    rows = vectors | {"p_out": "*bf16", "stride": "i32", "columns": "i32"}
+    summed = rows | {"p_total": "*fp32"}
+    yield case("add_scaled_rows_kernel", scaling.add_scaled_rows_kernel, summed, {"BLOCK_R": 32, "BLOCK_C": 256}, 4)
+    yield case("scale_rows_kernel", scaling.scale_rows_kernel, rows | {"p_x": "*fp32"}, {"BLOCK_D": 2048}, 4)
+    yield case("scale_kernel", scaling.scale_kernel, vectors, {"PROGRAMS": 1056, "BLOCK": 4096}, 8)
 
 
 def advantage_cases() -> Iterator[Case]:
@@ -177,12 +200,16 @@ def advantage_cases() -> Iterator[Case]:
 def compile_ptx(case: Case, architecture: int) -> tuple[str, int]:
     """The PTX of a case, and the bytes of shared memory it takes."""
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     position = {name: i for i, name in enumerate(case.kernel.arg_names)}
     pointers = [name for name, kind in case.signature.items() if kind.startswith("*")]
     divisible = {(position[name],): [["tt.divisibility", 16]] for name in (*pointers, *case.divisible)}
-    source = ASTSource(fn=case.kernel, signature=case.signature, constexprs=case.constants, attrs=divisible)
+    make_source = GluonASTSource if case.kernel.is_gluon() else ASTSource
+    source = make_source(fn=case.kernel, signature=case.signature, constexprs=case.constants, attrs=divisible)
     options = {"num_warps": case.warps, "num_stages": case.stages, "enable_fp_fusion": True}
+    if case.registers is not None:
+        options["maxnreg"] = case.registers
     made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     return made.asm["ptx"], made.metadata.shared
 
@@ -215,14 +242,14 @@ def ptxas_report(ptx: str, architecture: int) -> dict[str, int]:
 
 
 def all_kernels() -> set[str]:
-    """The names of the kernels that are launched: what the sources call `…_kernel` under @triton.jit."""
+    """The names of the kernels that are launched: what the sources call `…_kernel` under @triton.jit or @gluon.jit."""
     sources = [path.read_text() for path in (ROOT / "kernels").glob("*.py")]
-    return {name for s in sources for name in re.findall(r"@triton\.jit[^\n]*\ndef (\w+_kernel)\(", s)}
+    return {name for s in sources for name in re.findall(r"@(?:triton|gluon)\.jit[^\n]*\ndef (\w+_kernel)\(", s)}
 
 
 def main() -> int:
     """Compiles every case for every architecture; 0 where nothing spills."""
-    cases = [*advantage_cases(), *lm_head_cases(), *product_cases(), *softmax_cases()]
+    cases = [*advantage_cases(), *lm_head_cases(), *product_cases(), *specialized_cases(), *softmax_cases()]
     forgotten = all_kernels() - {c.kernel.__name__ for c in cases}
     assert not forgotten, f"kernels without a case: {forgotten}"
     compiled = failing = 0
@@ -231,7 +258,8 @@ def main() -> int:
             ptx, shared = compile_ptx(c, architecture)
             report = ptxas_report(ptx, architecture)
             assert set(report) == {"registers", "stores", "loads"}, f"ptxas said something else: {report}"
-            spills = max(report["stores"], report["loads"]) > ONE_REGISTER
+            groups = 1 if c.registers is None else 2  # of warps that multiply, each with its own copy of the code
+            spills = max(report["stores"], report["loads"]) > ONE_REGISTER * groups
             too_large = shared > SHARED_MEMORY[architecture]
             compiled, failing = compiled + 1, failing + (spills or too_large)
             verdict = "SPILLS" if spills else "TOO LARGE" if too_large else "ok"

@@ -224,11 +224,12 @@ def check_overflow(shape: tuple[int, int, int], device: str = "cpu") -> None:
 
 
 def check_logits(shape: tuple[int, int], dtype: torch.dtype, device: str = "cpu", **head: Any) -> None:
-    """`logits_logprob` against truth, the logits left as they are."""
+    """`logits_logprob` against truth, the logits left as they are; one target lies 300 nats below the peak."""
     g = torch.Generator().manual_seed(4)
     logits = (4 * torch.randn(shape, generator=g)).to(dtype).to(device)
     target = torch.randint(shape[1], shape[:1], generator=g).to(device)
     target[:: 1 + shape[0] // 3] = -100
+    logits[1, target[1]] = -300.0
     before = logits.clone()
 
     def results(function: Any, of: Tensor) -> dict[str, Tensor]:

@@ -1,0 +1,163 @@
+"""A chunk's softmax on a GPU in bfloat16: the launches around the product that takes its sums (formulas:
+`softmax_product_kernel.py`).
+
+    target's logits → [gate] → product → sums → (again, relative to the peak, where a sum overflowed)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import triton
+from ilr_kernels import softmax_product_kernel as kernels
+from ilr_kernels.launch import launch
+from ilr_kernels.product_plan import Plan, plan
+from ilr_kernels.rows import Gate
+from ilr_kernels.sweep import Head
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+LOG2E = 1.4426950408889634
+Product = Callable[["Tensor | None"], None]  # launches, where the redo flag is set or None
+
+
+class Softmax(NamedTuple):
+    """What one pass over N rows leaves: float32 vectors, and the exponentials where they were wanted."""
+
+    logp_N: Tensor
+    entropy_N: Tensor | None
+    target_x_N: Tensor
+    shift_N: Tensor
+    others_N: Tensor
+    exps_NV: Tensor | None
+
+    def at(self, rows: slice) -> Softmax:
+        """The same of some rows; exponentials are those of a chunk and stay whole."""
+        entropy_N = None if self.entropy_N is None else self.entropy_N[rows]
+        vectors = (self.target_x_N[rows], self.shift_N[rows], self.others_N[rows])
+        return Softmax(self.logp_N[rows], entropy_N, *vectors, self.exps_NV)
+
+
+class _Chunk(NamedTuple):
+    """What the launches of one chunk share: operands, plan, and room for the sums of each tile."""
+
+    head: Head
+    hidden_CD: Tensor
+    target_C: Tensor
+    softmax: Softmax
+    plan: Plan
+    tiles: int  # of the vocabulary
+    total: Tensor  # [tiles, rows]
+    moment: Tensor
+    redo: Tensor  # [1] int32
+
+    @property
+    def rows(self) -> int:
+        return len(self.hidden_CD)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(rows, vocabulary, hidden size)."""
+        return len(self.hidden_CD), *self.head.weight_VD.shape
+
+    @property
+    def programs(self) -> int:
+        return min(self.plan.programs, self.tiles * triton.cdiv(self.rows, self.plan.block_m))
+
+
+def fill(
+    head: Head, hidden_CD: Tensor, target_C: Tensor, softmax: Softmax, slope: bool, gate: Gate | None = None
+) -> None:
+    """Computes a chunk's softmax into `softmax`; `slope`: the soft-cap's derivative goes into what is stored.
+
+    `gate` is called before the product. The last four launches do nothing unless a sum overflowed.
+    """
+    chosen = plan(hidden_CD, head.weight_VD, head.softcap is not None)
+    tiles = triton.cdiv(len(head.weight_VD), chosen.block_n)
+    total, moment = softmax.logp_N.new_empty(2, tiles, len(hidden_CD))
+    redo = target_C.new_empty(1, dtype=torch.int32)
+    chunk = _Chunk(head, hidden_CD, target_C, softmax, chosen, tiles, total, moment, redo)
+    _target(chunk)
+    product = _specialized(chunk) if chosen.specialized else _plain(chunk, slope)
+    if gate is not None:
+        gate()
+    product(None)
+    _sums(chunk, again=False)
+    _plain(chunk, slope, peak=True)(redo)
+    _peaks(chunk)
+    product(redo)
+    _sums(chunk, again=True)
+
+
+def _target(chunk: _Chunk) -> None:
+    head, softmax, hidden_CD = chunk.head, chunk.softmax, chunk.hidden_CD
+    rows, vocabulary, depth = chunk.shape
+    vectors = (head.bias_V, chunk.target_C, softmax.target_x_N, softmax.shift_N, chunk.redo)
+    sizes = (vocabulary, depth, hidden_CD.stride(0), head.weight_VD.stride(0))
+    constants = (head.softcap is not None, min(2048, triton.next_power_of_2(depth)))
+    finish = (float(head.softcap or 0.0), float(head.temperature))
+    arguments = (hidden_CD, head.weight_VD, *vectors, *sizes, *finish)
+    launch(kernels.target_kernel, (rows,), arguments, constants, num_warps=4)
+
+
+def _specialized(chunk: _Chunk) -> Product:
+    """The product where groups of warps take roles."""
+    from ilr_kernels import softmax_product_gluon as specialized
+
+    head, softmax, p = chunk.head, chunk.softmax, chunk.plan
+    descriptors = specialized.operands(chunk.hidden_CD, head.weight_VD, softmax.exps_NV)
+    given = (*descriptors, head.bias_V, chunk.target_C, softmax.shift_N, chunk.total, chunk.moment)
+    scale = LOG2E / head.temperature
+    constants = (softmax.entropy_N is not None, p.group, p.programs, p.stages)
+
+    def run(redo: Tensor | None) -> None:
+        kernel, arguments = specialized.specialized_product_kernel, (*given, redo, *chunk.shape, scale)
+        launch(kernel, (chunk.programs,), arguments, constants, num_warps=4, maxnreg=specialized.REGISTERS)
+
+    return run
+
+
+def _plain(chunk: _Chunk, slope: bool, peak: bool = False) -> Product:
+    """The product on any card; with `peak` the rows' largest x takes the place of the sums and nothing is stored."""
+    head, softmax, p, hidden_CD = chunk.head, chunk.softmax, chunk.plan, chunk.hidden_CD
+    exps_CV = None if peak else softmax.exps_NV
+    given = (*_operands(p, hidden_CD, head.weight_VD, exps_CV), head.bias_V, chunk.target_C, softmax.shift_N)
+    strides = (hidden_CD.stride(0), head.weight_VD.stride(0), 0 if exps_CV is None else exps_CV.stride(0))
+    finish = (LOG2E / head.temperature, float(head.softcap or 0.0))
+    moment = softmax.entropy_N is not None and not peak
+    tiling = (p.tma, p.flatten, p.halves, not hidden_CD.is_cuda, p.programs, p.block_m, p.block_n, p.block_k, p.group)
+    constants = (head.softcap is not None, slope, moment, peak, *tiling)
+
+    def run(redo: Tensor | None) -> None:
+        arguments = (*given, chunk.total, chunk.moment, redo, *chunk.shape, *strides, *finish)
+        options = {"num_warps": p.warps, "num_stages": p.stages}
+        launch(kernels.product_kernel, (chunk.programs,), arguments, constants, **options)
+
+    return run
+
+
+def _operands(chosen: Plan, hidden_CD: Tensor, weight_VD: Tensor, exps_CV: Tensor | None) -> list[object]:
+    """hidden, weight and exponentials as the kernel takes them: descriptors for the copy engine, or tensors."""
+    operands: list[object] = [hidden_CD, weight_VD, exps_CV]
+    if not chosen.tma:
+        return operands
+    width = chosen.block_n // 2 if chosen.halves else chosen.block_n
+    blocks = ([chosen.block_m, chosen.block_k], [chosen.block_n, chosen.block_k], [chosen.block_m, width])
+    return [
+        None if x is None else TensorDescriptor(x, list(x.shape), list(x.stride()), block)
+        for x, block in zip((hidden_CD, weight_VD, exps_CV), blocks, strict=True)
+    ]
+
+
+def _sums(chunk: _Chunk, again: bool) -> None:
+    softmax = chunk.softmax
+    found = (softmax.target_x_N, softmax.shift_N, softmax.others_N, softmax.logp_N, softmax.entropy_N)
+    arguments = (chunk.total, chunk.moment, *found, chunk.redo, chunk.rows, chunk.tiles)
+    launch(kernels.sums_kernel, (triton.cdiv(chunk.rows, 32),), arguments, (again, 32, 32), num_warps=4)
+
+
+def _peaks(chunk: _Chunk) -> None:
+    arguments = (chunk.total, chunk.softmax.shift_N, chunk.softmax.others_N, chunk.redo, chunk.rows, chunk.tiles)
+    launch(kernels.peaks_kernel, (triton.cdiv(chunk.rows, 32),), arguments, (32, 32), num_warps=4)
