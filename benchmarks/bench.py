@@ -30,6 +30,7 @@ def bench(
     only_ours: bool,
     command: str,
     commit: str | None = None,
+    draw: bool = True,
 ) -> list[Path]:
     """Runs the named benchmarks; returns the JSON files. Raises RunError after all where a variant was wrong."""
     known = (*GPU, *CPU, FIGURES)
@@ -43,7 +44,7 @@ def bench(
     common.given_commit(commit)
     device = _device(names, quick)
     chosen = [name for name in names if name != FIGURES] if names else (GPU if device == "cuda" else CPU)
-    draws = FIGURES in names or DRAWN in chosen
+    draws = FIGURES in names or (draw and DRAWN in chosen)
     if draws:
         figures.require_matplotlib()
     paths, wrong = [], []

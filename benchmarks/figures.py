@@ -76,7 +76,7 @@ logits: all of them once, in bfloat16"""
 def require_matplotlib() -> None:
     """Raises UserError before anything is measured that could not be drawn."""
     if find_spec("matplotlib") is None:
-        remedy = "pip install 'ilr-fast[bench]' (in a checkout: pip install -e '.[bench]')"
+        remedy = "pip install 'ilr-fast[bench]' (a checkout: pip install -e '.[bench]'), or measure with --no-figures"
         raise UserError("the figures need matplotlib, which is not installed", "bench", remedy)
 
 

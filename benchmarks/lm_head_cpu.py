@@ -1,6 +1,6 @@
 """The policy loss with both gradients on the CPU, beside its three matrix products and plain PyTorch.
 
-    ilr-fast bench lm_head_cpu        # writes benchmarks/results/lm_head_cpu.json; 8 GiB, minutes
+    ilr-fast bench lm_head_cpu        # writes benchmarks/results/lm_head_cpu.json; 14 GiB, minutes
 
 N = 4,096 tokens, hidden size 640, vocabulary 262,144 (Gemma-3-270M) in float32. Plain PyTorch is measured at 512 rows,
 beside the products of that size: at 4,096 its logits and their copies alone would take 16 GiB. `extra_gib` is the peak

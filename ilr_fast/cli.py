@@ -190,6 +190,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default=None, metavar="DIR", help="folder of the JSON; default: benchmarks/results")
     parser.add_argument("--quick", action="store_true", help="small shapes, to see that everything runs")
     parser.add_argument("--only-ours", action="store_true", help="leave out plain PyTorch and other libraries")
+    parser.add_argument("--no-figures", action="store_true", help="the JSON alone; `bench figures` draws them later")
     parser.add_argument("--commit", default=None, help="what to write as the commit, where git does not know this tree")
 
 
@@ -198,7 +199,7 @@ def _bench(options: argparse.Namespace) -> None:
 
     out = Path(options.out) if options.out else None
     bench(options.names, rounds=options.rounds, out=out, quick=options.quick, only_ours=options.only_ours,
-          command=_command_line(), commit=options.commit)
+          command=_command_line(), commit=options.commit, draw=not options.no_figures)
 
 
 def _list(text: str) -> list[str]:

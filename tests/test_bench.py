@@ -272,9 +272,13 @@ def test_figures_without_results_or_matplotlib_are_told_before_anything_is_measu
     assert main(["bench", "figures", "--out", str(tmp_path)]) == 2
     assert "no JSON" in capsys.readouterr().err
     monkeypatch.setattr(figures, "find_spec", lambda name: None)
-    monkeypatch.setattr(lm_head_sweep, "run", pytest.fail)
-    assert main(["bench", "lm_head_sweep", "--quick", "--out", str(tmp_path)]) == 2
-    assert "ilr-fast[bench]" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(lm_head_sweep, "run", pytest.fail)
+        assert main(["bench", "lm_head_sweep", "--quick", "--out", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert "ilr-fast[bench]" in told and "--no-figures" in told
+    monkeypatch.setattr(lm_head_sweep, "QUICK", {"N": lm_head_sweep.QUICK["N"][:1]})
+    assert run("lm_head_sweep", tmp_path, "--no-figures")[0] == 0 and not list(tmp_path.glob("*.png"))
 
 
 @pytest.mark.parametrize("name", tables.PAGES)
