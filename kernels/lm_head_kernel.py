@@ -1,9 +1,9 @@
 """The Triton pass over a chunk's logits: softmax statistics, then the gradient in the logits' place.
 
 One program takes one row, reads it once for the statistics and, where a gradient is wanted, once more to overwrite it.
-The sums are of exponentials relative to the target's own logit, so that no maximum need be known or reduced on the way;
-a row whose sum then overflows is read twice more, relative to its peak. Everything is calculated in float32 whatever
-the logits are held in.
+The sums are of exponentials relative to the target's own logit, or the first block's largest if that is above it, so
+that no maximum is reduced on the way; a row whose sum comes out large all the same is read twice more, relative to its
+peak. Everything is calculated in float32 whatever the logits are held in.
 """
 
 import triton
@@ -13,7 +13,7 @@ from ilr_kernels.policy_loss_kernel import row_derivatives
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-OVERFLOW = tl.constexpr(1.2676506e30)  # 2^100: sums above it are not trusted
+LARGE = tl.constexpr(1048576.0)  # sums above it have lost digits of the entropy
 
 
 @triton.jit
@@ -44,11 +44,11 @@ def _sums(p_row, target, shift, vocabulary, softcap, scale, SOFTCAP: tl.constexp
 
 
 @triton.jit
-def _peak(p_row, vocabulary, softcap, SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr):
-    """The largest soft-capped logit of a row."""
+def _peak(p_row, last, vocabulary, softcap, SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr):
+    """The largest soft-capped logit of a row in the blocks before `last`."""
     o_v = tl.arange(0, BLOCK_V)
     b_peak = tl.full([BLOCK_V], -float("inf"), tl.float32)
-    for start in range(0, vocabulary, BLOCK_V):
+    for start in range(0, last, BLOCK_V):
         m_v = start + o_v < vocabulary
         b_logit, _b_slope = _capped(tl.load(p_row + start + o_v, mask=m_v, other=0.0).to(tl.float32), softcap, SOFTCAP)
         b_peak = tl.maximum(b_peak, tl.where(m_v, b_logit, -float("inf")))
@@ -102,10 +102,10 @@ def rows_kernel(
         return
     target_logit, _target_slope = _capped(tl.load(p_row + target).to(tl.float32), softcap, SOFTCAP)
     scale = LOG2E / temperature
-    shift = target_logit
+    shift = tl.maximum(target_logit, _peak(p_row, 1, vocabulary, softcap, SOFTCAP, BLOCK_V))
     others, moment = _sums(p_row, target, shift, vocabulary, softcap, scale, SOFTCAP, BLOCK_V)
-    if not (others < OVERFLOW):  # the target lies far below the peak: sums relative to that
-        shift = _peak(p_row, vocabulary, softcap, SOFTCAP, BLOCK_V)
+    if not (others < LARGE):  # the peak is far above: sums relative to that
+        shift = _peak(p_row, vocabulary, vocabulary, softcap, SOFTCAP, BLOCK_V)
         others, moment = _sums(p_row, target, shift, vocabulary, softcap, scale, SOFTCAP, BLOCK_V)
     distance = (target_logit - shift) * scale
     own = tl.exp2(distance)

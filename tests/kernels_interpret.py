@@ -18,6 +18,8 @@ from kernels_cases import (
     check_policy_loss,
     check_with_logp,
 )
+from test_kernels_scale import KINDS
+from test_kernels_scale import check as check_kind
 
 
 def main() -> int:
@@ -37,6 +39,8 @@ def main() -> int:
         check_logprob(shape, torch.float32, softcap=4.0, temperature=0.8)
         check_logprob(shape, torch.bfloat16)
         check_logprob(shape, torch.bfloat16, softcap=4.0, keep_softmax=True)
+    for kind in KINDS:
+        check_kind(kind, (9, 24, 50), torch.float32, temperature=0.9, softcap=400.0)
     check_overflow((5, 24, 101))
     check_with_logp((33, 24, 101), torch.bfloat16)
     check_logits((7, 333), torch.bfloat16, temperature=0.7)
