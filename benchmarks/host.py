@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -34,15 +35,19 @@ def rows(name: str, work: Callable[[], Any], checked: dict[str, Any], device: st
     """The host's rows of a variant whose row is `checked`; none where that was wrong."""
     if checked["status"] != "timed":
         return []
-    clocked = {"a whole call": whole_call(work, device)}
+    clocks = {"a whole call": partial(whole_call, work, device)}
     if device == "cuda":
-        clocked["before the first product"] = before_first_product(work)
-    more = {"status": "timed", "target": None, "met": None, "targets": [], "device_ms": checked["ms"]}
-    return [
-        row(f"host: {name}, {what}", checked["shape"], seconds, error=checked["error"], **more)
-        for what, seconds in clocked.items()
-        if seconds
-    ]
+        clocks["before the first product"] = partial(before_first_product, work)
+    found = []
+    for what, clock in clocks.items():
+        try:
+            seconds = clock()
+            status = "timed" if seconds else "not seen by the profiler"
+        except Exception as problem:  # a profiler that fails must not take the others' figures with it
+            seconds, status = [], f"not timed: {type(problem).__name__}: {str(problem)[:200]}"
+        more = {"status": status, "target": None, "met": None, "targets": [], "device_ms": checked["ms"]}
+        found.append(row(f"host: {name}, {what}", checked["shape"], seconds, error=checked["error"], **more))
+    return found
 
 
 def whole_call(work: Callable[[], Any], device: str, calls: int = CALLS) -> list[float]:

@@ -135,7 +135,9 @@ class Truth:
         self.x, self.loss, self.make = x, loss, make
 
     def error(self, keep_N: Tensor | None = None) -> Callable[[Outputs], dict[str, float]]:
-        """Relative errors of what a variant returns; of log-probs and entropies in the rows of keep_N alone."""
+        """Relative errors of what a variant returns; of log-probs and entropies in the rows of keep_N alone.
+
+        The loss is a sum whose terms cancel: its error is relative to Σ token_weight · |advantage|."""
 
         def errors(found: Outputs) -> dict[str, float]:
             if Truth.held is None or Truth.held[0] is not self:
@@ -143,10 +145,15 @@ class Truth:
                 Truth.held = self, self.make(self.x, self.loss)
             exact = Truth.held[1]
             kept = {name: keep_N if name in ("logp", "entropy") else None for name in found}
-            return {
+            relative = {
                 name: relative_error(*(y if kept[name] is None else y[kept[name]] for y in (tensor, exact[name])))
                 for name, tensor in found.items()
+                if name != "loss"
             }
+            if "loss" in found:
+                scale = (self.x.token_weight_N * self.x.advantage_N).abs().sum()
+                relative["loss"] = float((found["loss"].double() - exact["loss"]).abs() / scale)
+            return relative
 
         return errors
 

@@ -75,6 +75,14 @@ def test_the_truth_does_not_depend_on_its_slices(loss, monkeypatch):
     torch.testing.assert_close(sliced["dweight"], again["dweight"])
 
 
+def test_a_loss_near_zero_is_held_to_the_size_of_its_terms():
+    x = problem.Problem.make(64, 16, 300, "cpu", torch.float32)
+    truth = lm_head.Truth(x, PolicyLoss(), lambda x, loss: {"loss": torch.tensor(1e-12, dtype=torch.float64)})
+    scale = float((x.token_weight_N * x.advantage_N).abs().sum())
+    assert truth.error()({"loss": torch.tensor(0.01)})["loss"] == pytest.approx(0.01 / scale)
+    assert math.isnan(truth.error()({"loss": torch.tensor(math.nan)})["loss"])
+
+
 def broken(right, **factors):
     """The loss with its value or an output scaled."""
 
@@ -89,7 +97,7 @@ def broken(right, **factors):
     return wrong
 
 
-@pytest.mark.parametrize("factors", [{"advantage": 1.5}, {"value": 1.1}, {"logp_T": 1.1}, {"entropy_T": 1.1},
+@pytest.mark.parametrize("factors", [{"advantage": 1.5}, {"value": 2.0}, {"logp_T": 1.1}, {"entropy_T": 1.1},
                                      {"entropy_T": math.nan}], ids=str)  # fmt: skip
 def test_a_wrong_variant_gets_no_time_and_status_1(factors, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lm_head, "linear_policy_loss", broken(lm_head.linear_policy_loss, **factors))
@@ -174,6 +182,19 @@ def test_the_host_s_clock_is_not_asked_for_a_wrong_variant():
     (row,) = host.rows("ours", lambda: None, checked, "cpu")
     assert row["variant"] == "host: ours, a whole call" and row["device_ms"] == 4.0 and row["error"] == 0.25
     assert host.rows("ours", pytest.fail, {**checked, "status": measure.WRONG}, "cpu") == []
+
+
+def test_a_profiler_that_fails_leaves_the_other_figures(monkeypatch):
+    def fails(work):
+        raise RuntimeError("no CUPTI")
+
+    checked = {"status": "timed", "shape": "S", "error": 0.0, "ms": 1.0}
+    monkeypatch.setattr(host, "whole_call", lambda work, device: [0.5])
+    monkeypatch.setattr(host, "before_first_product", fails)
+    whole, first = host.rows("ours", lambda: None, checked, "cuda")
+    assert whole["ms"] == 500 and first["ms"] is None and "no CUPTI" in first["status"]
+    monkeypatch.setattr(host, "before_first_product", lambda work: [])
+    assert host.rows("ours", lambda: None, checked, "cuda")[1]["status"] == "not seen by the profiler"
 
 
 def test_the_sweep_has_the_sizes_it_promises():
