@@ -37,7 +37,9 @@ def _sums(p_row, target, shift, vocabulary, softcap, scale, SOFTCAP: tl.constexp
         m_v = start + o_v < vocabulary
         b_logit, _b_slope = _capped(tl.load(p_row + start + o_v, mask=m_v, other=0.0).to(tl.float32), softcap, SOFTCAP)
         b_y = (b_logit - shift) * scale
-        b_e = tl.where(m_v & (start + o_v != target), tl.exp2(b_y), 0.0)
+        b_e = tl.exp2(b_y)
+        if (start + BLOCK_V > vocabulary) | ((target >= start) & (target < start + BLOCK_V)):
+            b_e = tl.where(m_v & (start + o_v != target), b_e, 0.0)
         b_others += b_e
         b_moment += b_e * b_y
     return tl.sum(b_others, 0), tl.sum(b_moment, 0)

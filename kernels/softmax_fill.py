@@ -35,6 +35,8 @@ class Softmax(NamedTuple):
 
     def at(self, rows: slice) -> Softmax:
         """The same of some rows; exponentials are those of a chunk and stay whole."""
+        if rows.start == 0 and rows.stop == len(self.logp_N):
+            return self
         entropy_N = None if self.entropy_N is None else self.entropy_N[rows]
         vectors = (self.target_x_N[rows], self.shift_N[rows], self.others_N[rows])
         return Softmax(self.logp_N[rows], entropy_N, *vectors, self.exps_NV)
