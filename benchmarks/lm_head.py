@@ -37,7 +37,8 @@ def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> list[dict[
     shapes = QUICK if quick else SHAPES
     for size in shapes:
         x = make(size, device)
-        rows += measure(cases(x, 0 if size[1] > 2048 or quick else 1, only_ours), name_of(x), rounds, device)
+        column = 0 if size[1] > 2048 or quick else 1
+        rows += measure(cases(x, column, only_ours), name_of(x), rounds, device, queued=True)
         del x
         release(device)
     return rows + host_rows(shapes, rows, device)

@@ -27,18 +27,18 @@ def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> list[dict[
     rows = []
     for n, d, v, bound, gib in LOSS_SHAPES[:1] if quick else LOSS_SHAPES:
         x = make(QUICK if quick else (n, d, v), device)
-        rows += measure(loss_cases(x, bound, gib), name_of(x), rounds, device)
+        rows += measure(loss_cases(x, bound, gib), name_of(x), rounds, device, queued=True)
         del x
         release(device)
     x = make(QUICK if quick else LOGPROB_SHAPE, device)
-    rows += measure(logprob_cases(x), name_of(x), rounds, device)
+    rows += measure(logprob_cases(x), name_of(x), rounds, device, queued=True)
     n, v = (64, 1000) if quick else LOGITS_SHAPE
     torch.manual_seed(0)
     logits_TV = (2 * torch.randn(n, v, device=device)).to(x.hidden_ND.dtype)
     del x
     release(device)
     target_T = torch.randint(v, (n,), device=device)
-    rows += measure(logits_cases(logits_TV, target_T), f"N={n} V={v} given logits", rounds, device)
+    rows += measure(logits_cases(logits_TV, target_T), f"N={n} V={v} given logits", rounds, device, queued=True)
     return rows
 
 

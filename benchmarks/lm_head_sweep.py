@@ -56,7 +56,8 @@ def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> list[dict[
     rows: list[dict[str, Any]] = []
     for size in dict.fromkeys(size for sizes in axes.values() for size in sizes):
         x = make(size, device)
-        found = measure(cases(x, not only_ours and (quick or size in PEERS)), name_of(x), min(rounds, ROUNDS), device)
+        against = not only_ours and (quick or size in PEERS)
+        found = measure(cases(x, against), name_of(x), min(rounds, ROUNDS), device, queued=True)
         found[0]["extra_gib"] = len(x.hidden_ND) * len(x.weight_VD) * x.weight_VD.element_size() / 2**30
         where = {"axes": [axis for axis, sizes in axes.items() if size in sizes], **dict(zip("NDV", size, strict=True))}
         rows += [row | where for row in found]

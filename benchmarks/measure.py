@@ -4,7 +4,9 @@
 
 A time is the median of rounds, by CUDA events on a GPU and by the clock elsewhere. `extra_gib` is the peak of allocated
 memory in a call less what is held when it ends: inputs, gradients and log-probs, which every variant must hold.
-`error` is the worst of `errors`, which names each output's.
+`error` is the worst of `errors`, which names each output's. Where a step is `queued`, the GPU has work until the call
+begins, as it has in training while the model's layers run: what the host does ahead of time is then not counted, what
+it does while the GPU waits is (host.py measures it all, from an idle GPU).
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch import Tensor
 
 Outputs = dict[str, Tensor]
 WRONG = "wrong, not timed"
+QUEUED_CYCLES = 4_000_000  # 2 to 3 ms of waiting on the GPU
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,9 @@ class Case:
     memory: Callable[[], float | None] | None = None  # extra GiB, where the allocator of the GPU does not tell
 
 
-def measure(cases: Sequence[Case], shape: str, rounds: int, device: str) -> list[dict[str, Any]]:
+def measure(
+    cases: Sequence[Case], shape: str, rounds: int, device: str, queued: bool = False
+) -> list[dict[str, Any]]:
     """Rows of all cases; those of a wrong variant have no time and `status` says why."""
     gc.collect()
     failed: dict[str, str] = {}
@@ -82,7 +87,7 @@ def measure(cases: Sequence[Case], shape: str, rounds: int, device: str) -> list
     for i in range(rounds):
         for case in sound:
             if i < case.most_rounds:
-                seconds[case.name].append(_seconds(case, device))
+                seconds[case.name].append(_seconds(case, device, queued))
     found: dict[str, dict[str, Any]] = {}
     for case in cases:
         limit_ms = found[case.limit]["ms"] if case.limit else None
@@ -165,7 +170,7 @@ def _extra_gib(case: Case, device: str) -> float | None:
     return extra / 2**30
 
 
-def _seconds(case: Case, device: str) -> float:
+def _seconds(case: Case, device: str, queued: bool) -> float:
     """Seconds of one call (the mean of `calls` where one is too short to time)."""
     if device != "cuda":
         start_s = time.perf_counter()
@@ -174,6 +179,8 @@ def _seconds(case: Case, device: str) -> float:
         return (time.perf_counter() - start_s) / case.calls / case.batch
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
+    if queued:
+        torch.cuda._sleep(QUEUED_CYCLES)
     start.record()
     for _ in range(case.calls):
         case.work()
