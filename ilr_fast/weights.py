@@ -1,0 +1,155 @@
+"""How the weights that the trainer changes reach an engine with a model of its own.
+
+`share`: the trainer's parameters become views of the engine's. The engine's model fuses some matrices; a fused
+parameter holds its parts as rows, one part after the other (q, k, v; gate, up), and an embedding may have rows more
+than the vocabulary. An optimizer step then changes what the engine reads at its next step: no copy, no second memory.
+
+    share(model, engine_model, "agents.ada")
+
+Which part is where follows from the engine model itself (`packed_modules_mapping` and the fused layer's `output_sizes`,
+vLLM's names). That it is so is then checked: the engine's own loader puts the trainer's tensors where they belong, each
+view must hold its parameter's values, and together they must cover all that the engine has.
+
+`copy`: after an update every tensor goes through the engine's loader, one after the other.
+
+    copy = WeightCopy(model, engine_model, "agents.ada")
+    optimizer.step(...)
+    copied = copy()          # bytes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ilr_fast.errors import UserError
+
+EMBEDDED = "use `engine.name: embedded`"
+REMEDY = "set `engine.weights: copy` (or `auto`, which shares where it can)"
+
+
+class CannotShare(UserError):
+    """A parameter of the trainer that is no view of the engine's; the message names it."""
+
+    def __init__(self, what: str, where: str):
+        super().__init__(f"the engine's weights can't be shared: {what}", f"{where}.engine.weights", REMEDY)
+
+
+@torch.no_grad()
+def share(model: nn.Module, engine_model: nn.Module, where: str) -> None:
+    """Makes every parameter of `model` a view of `engine_model`'s, values kept; CannotShare leaves `model` as it was.
+
+    `model` may still be on another device: a parameter's memory there is given up as its view takes over. Parameter
+    objects stay the same, so an optimizer made before or after works on the views.
+    """
+    parameters = dict(model.named_parameters())
+    views = {name: _view(name, parameter, engine_model, where) for name, parameter in parameters.items()}
+    _check_coverage(views, engine_model, where)
+    load(model, engine_model, where)
+    for name, parameter in parameters.items():
+        if not torch.equal(views[name], parameter.to(views[name].device)):
+            raise CannotShare(f"{name} has other values in the engine than in the trainer", where)
+    for name, parameter in parameters.items():
+        parameter.data = views[name]
+    check_shared(model, engine_model, where)
+
+
+def check_shared(model: nn.Module, engine_model: nn.Module, where: str) -> None:
+    """Raises CannotShare for the first parameter of `model` that does not lie where the engine reads."""
+    for name, parameter in model.named_parameters():
+        view = _view(name, parameter, engine_model, where)
+        if parameter.data_ptr() != view.data_ptr() or parameter.stride() != view.stride():
+            raise CannotShare(f"{name} has moved away from the engine's memory", where)
+
+
+def load(model: nn.Module, engine_model: Any, where: str) -> int:
+    """Copies all parameters by the engine's own loader; returns the bytes that were copied."""
+    copied = 0
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        nonlocal copied
+        for name, parameter in model.named_parameters():
+            copied += parameter.numel() * parameter.element_size()
+            yield name, parameter.detach()
+
+    with torch.no_grad():
+        loaded = engine_model.load_weights(tensors())
+    for name in sorted(set(dict(engine_model.named_parameters())) - set(loaded)):
+        raise UserError(f"the trainer's model has nothing for {name}", f"{where}.engine.name", EMBEDDED)
+    return copied
+
+
+class WeightCopy:
+    """Keeps an engine's own weights equal to the trainer's: called after an update, it copies them.
+
+    All of them: torch's fused AdamW does not count its writes (`Tensor._version`), so nothing tells what has changed.
+    """
+
+    def __init__(self, model: nn.Module, engine_model: nn.Module, where: str):
+        self._model, self._engine_model, self._where = model, engine_model, where
+        for name, _ in model.named_parameters():
+            if _rows(name, engine_model) is None:
+                kind = type(engine_model).__name__
+                raise UserError(f"{name} has no counterpart in vLLM's {kind}", f"{where}.engine.name", EMBEDDED)
+
+    def __call__(self) -> int:
+        """Copies every parameter, one after the other; returns the bytes."""
+        return load(self._model, self._engine_model, self._where)
+
+
+def _view(name: str, parameter: Tensor, engine_model: nn.Module, where: str) -> Tensor:
+    """The rows of the engine's parameter that `parameter` becomes."""
+    found = _rows(name, engine_model)
+    if found is None:
+        raise CannotShare(f"{name} has no counterpart in {type(engine_model).__name__}", where)
+    view, padded = found
+    rows = parameter.shape[0]
+    if padded and view.shape[0] > rows:
+        view = view[:rows]
+    if view.shape != parameter.shape or view.dtype != parameter.dtype:
+        here, there = (f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in (parameter, view))
+        raise CannotShare(f"{name} is {here} in the trainer and {there} in the engine", where)
+    return view
+
+
+def _rows(name: str, engine_model: Any) -> tuple[Tensor, bool] | None:
+    """The engine's tensor for a name of the trainer's, and whether it may have rows more (an embedding's padding)."""
+    packed: dict[str, list[str]] = getattr(engine_model, "packed_modules_mapping", None) or {}
+    path, _, kind = name.rpartition(".")
+    parent, _, child = path.rpartition(".")
+    for fused, parts in packed.items():
+        if child in parts and (module := _submodule(engine_model, f"{parent}.{fused}".lstrip("."))) is not None:
+            sizes, place = list(module.output_sizes), parts.index(child)
+            whole = getattr(module, kind, None)
+            if whole is None or len(sizes) != len(parts) or whole.shape[0] != sum(sizes):
+                return None
+            return whole.data.narrow(0, sum(sizes[:place]), sizes[place]), False
+    module = _submodule(engine_model, path)
+    tensor = None if module is None else getattr(module, kind, None)
+    if not isinstance(tensor, Tensor):
+        return None
+    return tensor.data, hasattr(module, "org_vocab_size")
+
+
+def _submodule(model: nn.Module, path: str) -> Any:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _check_coverage(views: dict[str, Tensor], engine_model: nn.Module, where: str) -> None:
+    """Every number of the engine's that is not padding belongs to a parameter of the trainer's."""
+    covered: dict[int, int] = {}
+    for view in views.values():
+        base = view.untyped_storage().data_ptr()
+        covered[base] = covered.get(base, 0) + view.numel()
+    for path, module in engine_model.named_modules():
+        for kind, parameter in module.named_parameters(recurse=False):
+            rows = getattr(module, "org_vocab_size", None) if parameter.ndim else None
+            wanted = parameter.numel() if rows is None else parameter[:rows].numel()
+            if covered.get(parameter.untyped_storage().data_ptr(), 0) != wanted:
+                raise CannotShare(f"the trainer's model does not hold all of {path}.{kind}", where)

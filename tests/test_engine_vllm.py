@@ -1,0 +1,267 @@
+"""vLLM in the trainer's process: its log-probs are the trainer's, and an update in place is what it samples from.
+
+Run by `make test-vllm`, in an environment of its own; skipped where vLLM is missing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Any
+
+import pytest
+import torch
+from test_engine_embedded import END, VOCABULARY, log_probs, prompts_of, run, tiny_tokenizer
+from vllm_models import small_model
+
+from ilr_fast.errors import UserError
+from ilr_fast.types import Generation, Sampling
+
+pytest.importorskip("vllm")
+pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
+
+
+def engine_for(model: Any, **options: Any) -> Any:
+    from ilr_fast.engines.vllm import VllmEngine
+    from ilr_fast.engines.vllm_core import CoreOptions
+
+    own = {k: options.pop(k) for k in ("weights", "stop_tokens", "seeded", "where") if k in options}
+    core = CoreOptions(**{"slots": 8, "cache_gib": 0.05, **options})
+    return VllmEngine(model, tiny_tokenizer(), options=core, **{"stop_tokens": [END], **own})
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    """A model and the engine on its weights, for the tests that leave the weights alone."""
+    model = small_model("llama")
+    return model, engine_for(model)
+
+
+def expected(model: Any, prompt: Sequence[int], result: Generation, temperature: float = 1.0) -> Any:
+    with torch.no_grad():
+        return pytest.approx(log_probs(model, prompt, result.tokens, temperature), abs=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_log_probs_are_those_of_the_trainer(llama: Any, temperature: float) -> None:
+    model, engine = llama
+    prompts = prompts_of([3, 17, 40, 9, 1, 12, 5, 2, 70, 33], shared=20)
+    results = run(engine, prompts, [Sampling(12, temperature=temperature, seed=n) for n in range(10)])
+    for prompt, result in zip(prompts, results, strict=True):
+        assert result.finish in ("stop", "length") and len(result.tokens) == len(result.logps) > 0
+        assert result.logps == expected(model, prompt, result, temperature or 1.0)
+    if temperature == 0:
+        with torch.inference_mode():
+            tokens = model.generate(torch.tensor([prompts[2]]), max_new_tokens=12, do_sample=False)[0, 60:]
+        assert results[2].tokens == tuple(tokens.tolist())
+
+
+def test_greedy_and_sampled_requests_in_one_batch(llama: Any) -> None:
+    model, engine = llama
+    prompts = prompts_of([9, 9, 9, 9])
+    temperatures = [0.0, 0.5, 0.0, 2.0]
+    results = run(engine, prompts, [Sampling(8, temperature=t, seed=4) for t in temperatures])
+    for prompt, temperature, result in zip(prompts, temperatures, results, strict=True):
+        assert result.logps == expected(model, prompt, result, temperature or 1.0)
+
+
+def test_a_seed_belongs_to_the_request(llama: Any) -> None:
+    _, engine = llama
+    prompt = prompts_of([9])[0]
+    first = run(engine, [prompt] * 6, [Sampling(10, seed=s) for s in range(6)])
+    again = run(engine, [prompt] * 6, [Sampling(10, seed=s) for s in (5, 4, 3, 2, 1, 0)])
+    assert len({r.tokens for r in first}) == 6
+    assert [r.tokens for r in again[::-1]] == [r.tokens for r in first]
+
+
+@pytest.mark.parametrize("weights", ["share", "copy"])
+def test_a_change_of_one_parameter_is_what_the_next_request_samples_from(weights: str) -> None:
+    model = small_model("llama")
+    engine = engine_for(model, weights=weights)
+    prompt, greedy = prompts_of([200])[0], Sampling(4, temperature=0)
+    before = run(engine, [prompt], [greedy])[0]
+    reused = engine.stats().tokens_reused
+    assert run(engine, [prompt], [greedy])[0] == before and engine.stats().tokens_reused >= reused + 128
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight.mul_(-3)
+    reused = engine.stats().tokens_reused
+    engine.weights_changed()
+    after = run(engine, [prompt], [greedy])[0]
+    assert engine.stats().tokens_reused == reused, "keys and values of the old weights are gone"
+    assert after.tokens[0] != before.tokens[0]
+    assert after.logps == expected(model, prompt, after)
+
+
+@pytest.mark.parametrize("weights", ["share", "copy"])
+def test_an_optimizer_step_is_seen(weights: str) -> None:
+    model = small_model("qwen3", tied=True)
+    engine = engine_for(model, weights=weights)
+    assert engine.shares == (weights == "share")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    engine.weights_changed()
+    prompt = prompts_of([30])[0]
+    result = run(engine, [prompt], [Sampling(8, seed=1)])[0]
+    assert result.logps == expected(model, prompt, result)
+
+
+def test_weights_that_change_while_a_request_runs_are_used_from_then_on() -> None:
+    model = small_model("llama")
+    engine, prompts = engine_for(model), prompts_of([6, 30])
+
+    async def interrupted() -> list[Generation]:
+        requests = [asyncio.create_task(engine.generate(p, Sampling(12, seed=2))) for p in prompts]
+        while engine.stats().tokens_generated < 6:
+            await asyncio.sleep(0)
+        engine.weights_changed()
+        return [await r for r in requests]
+
+    for prompt, result in zip(prompts, asyncio.run(interrupted()), strict=True):
+        assert len(result.tokens) in range(1, 13) and result.logps == expected(model, prompt, result)
+
+
+def test_a_parameter_that_leaves_the_shared_memory_is_noticed() -> None:
+    model = small_model("llama")
+    engine = engine_for(model)
+    model.model.layers[2].mlp.gate_proj.weight.data = model.model.layers[2].mlp.gate_proj.weight.data.clone()
+    with pytest.raises(UserError, match=r"layers\.2\.mlp\.gate_proj\.weight"):
+        engine.weights_changed()
+
+
+def test_stops(llama: Any) -> None:
+    _, engine = llama
+    free = run(engine, [[4, 5]], [Sampling(20, seed=3)])[0]
+    tokenizer = tiny_tokenizer()
+    text = tokenizer.decode(list(free.tokens[3:6]), skip_special_tokens=True)
+    ended, other = run(engine, [[4, 5], [7, 8]], [Sampling(20, seed=3, stop=("@", text)), Sampling(20, seed=5)])
+    assert ended.finish == "stop" and text not in ended.text
+    assert ended.tokens == free.tokens[: len(ended.tokens)] and len(ended.tokens) <= 6 and other.finish != "error"
+    assert text in tokenizer.decode(list(ended.tokens), skip_special_tokens=True)
+
+
+def test_stop_tokens_are_kept_and_contexts_end() -> None:
+    model = small_model("llama")
+    free = run(engine_for(model, stop_tokens=[], max_context=40), [[4, 5], [3] * 35], [Sampling(50, seed=8)] * 2)
+    assert len(free[0].tokens) == 38 and len(free[1].tokens) == 5 and free[1].finish == "length"
+    stop = free[0].tokens[6]
+    ended = run(engine_for(model, stop_tokens=[stop], max_context=40), [[4, 5]], [Sampling(50, seed=8)])[0]
+    assert ended.finish == "stop" and ended.tokens == free[0].tokens[: free[0].tokens.index(stop) + 1]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "message"),
+    [
+        ([], Sampling(4), "empty"),
+        ([2] * 256, Sampling(4), "context"),
+        ([2, VOCABULARY], Sampling(4), "vocabulary"),
+        ([2], Sampling(0), "max_tokens"),
+    ],
+)
+def test_a_bad_request_fails_alone(llama: Any, prompt: list[int], sampling: Sampling, message: str) -> None:
+    bad, good = run(llama[1], [prompt, [5, 6]], [sampling, Sampling(4)])
+    assert bad.finish == "error" and message in (bad.error or "") and bad.tokens == ()
+    assert good.finish in ("stop", "length")
+
+
+def test_logits_that_are_not_finite_are_an_error_and_leave_nothing_in_the_cache() -> None:
+    model = small_model("llama")
+    engine = engine_for(model)
+    kept = model.model.embed_tokens.weight[9].clone()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[9] = float("nan")
+    bad, good = run(engine, [[9] * 150, [2, 4]], [Sampling(5, temperature=0)] * 2)
+    assert bad.finish == "error" and "finite" in (bad.error or "") and good.finish != "error"
+    with torch.no_grad():
+        model.model.embed_tokens.weight[9] = kept
+    assert run(engine, [[9] * 150], [Sampling(5, temperature=0)])[0].finish != "error"
+
+
+def test_a_cancelled_request_makes_room() -> None:
+    engine = engine_for(small_model("llama"), slots=1, stop_tokens=[])
+
+    async def cancel_the_first() -> Generation:
+        first = asyncio.create_task(engine.generate([3, 4], Sampling(200)))
+        second = asyncio.create_task(engine.generate([5, 6], Sampling(3)))
+        while engine.stats().tokens_generated < 2:
+            await asyncio.sleep(0)
+        first.cancel()
+        return await second
+
+    assert len(asyncio.run(cancel_the_first()).tokens) == 3
+    assert engine.stats().tokens_generated < 12
+
+
+def test_two_engines_of_different_models_alternate() -> None:
+    models = [small_model("llama"), small_model("gemma3", vocab_size=57)]
+    engines = [engine_for(m, stop_tokens=[]) for m in models]
+    steps: list[int] = []
+    for number, engine in enumerate(engines):
+        step = engine.step
+        engine.step = lambda step=step, number=number: (steps.append(number), step())[1]
+
+    async def both() -> list[Generation]:
+        return list(await asyncio.gather(*(e.generate([3, 4], Sampling(10, seed=5)) for e in engines)))
+
+    results = asyncio.run(both())
+    assert steps == [0, 1] * 10
+    for model, result in zip(models, results, strict=True):
+        assert result.logps == expected(model, [3, 4], result)
+
+
+def test_closing_an_engine_leaves_the_others_running_and_new_ones_can_follow() -> None:
+    models = [small_model("llama"), small_model("smollm3", tied=True)]
+    first, second = (engine_for(m) for m in models)
+    first.close()
+    for model, engine in zip(models[::-1], [second, engine_for(models[0])], strict=True):
+        result = run(engine, [[3, 4, 5]], [Sampling(6, seed=1)])[0]
+        assert result.logps == expected(model, [3, 4, 5], result)
+
+
+def test_a_model_without_all_of_its_counterparts_is_refused_for_a_copy_too() -> None:
+    model = small_model("gemma2", tied=False)  # vLLM ties its head
+    with pytest.raises(UserError, match=r"lm_head\.weight .*\n.*embedded"):
+        engine_for(model, weights="auto")
+
+
+def test_the_process_is_left_as_it_was() -> None:
+    model = small_model("llama")
+    before, threads = os.environ.get("LD_PRELOAD"), torch.get_num_threads()
+    state = torch.random.get_rng_state()
+    engine = engine_for(model)
+    assert engine.shares
+    assert os.environ.get("LD_PRELOAD") == before
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.set_num_threads(threads + 1)
+    assert torch.get_num_threads() == threads + 1
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("options", "place"),
+    [
+        ({"max_context": 512}, "max_context"),
+        ({"cache_gib": 1e-5}, "cache_gib"),
+        ({"cache_gib": 1e6}, "cache_gib"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_anything_runs(options: dict[str, Any], place: str) -> None:
+    with pytest.raises(UserError, match=rf"agents\.ada\.engine\.{place}"):
+        engine_for(small_model("llama"), where="agents.ada", **options)
+
+
+@pytest.mark.parametrize(("version", "message"), [("0.24.9", "0.24.9"), ("0.33.0", "0.33"), (None, "not installed")])
+def test_versions(monkeypatch: pytest.MonkeyPatch, version: str | None, message: str) -> None:
+    from ilr_fast.engines import vllm_core
+
+    def found(name: str) -> str:
+        if version is None:
+            raise metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(metadata, "version", found)
+    with pytest.raises(UserError, match=message):
+        vllm_core.check_version("agents.ada")
