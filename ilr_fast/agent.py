@@ -45,15 +45,18 @@ class Given(NamedTuple):
 
 
 class Agent:
-    """A model with what its training needs. `train: none` has neither optimizer nor reference."""
+    """A model with what its training needs. `train: none` has neither optimizer nor reference.
 
-    def __init__(self, name: str, config: AgentConfig, run: Config, tokenizer: Any = None):
+    `model`: what `load_policy` gave, where an engine has already made its weights the engine's own.
+    """
+
+    def __init__(self, name: str, config: AgentConfig, run: Config, tokenizer: Any = None, model: Any = None):
         where = f"agents.{name}"
         self.name, self.config, self.run, self.loss = name, config, run, run.loss
         self.tokenizer = (
             tokenizer if tokenizer is not None else AutoTokenizer.from_pretrained(resolve_model(config.model))
         )
-        self.model: Any = load_policy(config, where, run.seed)
+        self.model: Any = load_policy(config, where, run.seed) if model is None else model
         self.device = self.model.device
         self.trains = config.train != "none"
         self.policy_loss = policy_loss_of(run.loss)

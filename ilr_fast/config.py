@@ -47,9 +47,18 @@ class OptimizerConfig:
 class EngineConfig:
     """The rollout engine of one agent."""
 
-    name: Literal["embedded"] = key("embedded", "The engine: `embedded` is transformers with continuous batching.")
+    name: Literal["embedded", "vllm"] = key(
+        "embedded", "`embedded`: transformers with continuous batching; `vllm`: vLLM in this process (docs/engines.md)."
+    )
     slots: int = key(64, "Requests that generate at the same time.", low=1)
     max_context: int | None = key(None, "Tokens of prompt and generation together; null: the model's own.", low=8)
+    weights: Literal["share", "copy", "auto"] = key(
+        "share", "vllm: the trainer's own weights, a copy after every update, or shared where that can be."
+    )
+    cache_gib: float | None = key(
+        None, "vllm: GiB for keys and values; null: enough for all slots, at most a quarter of free memory.", low=0
+    )
+    fast_start: bool = key(True, "vllm: no compilation and few CUDA graphs; false: slower to start, faster after.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from ilr_fast.config import AgentConfig, Config, LossConfig, RolloutConfig, turn_limit
+from ilr_fast.config import AgentConfig, Config, EngineConfig, LossConfig, RolloutConfig, turn_limit
 from ilr_fast.errors import UserError
 
 PEER_PROTOCOLS = ("idea3", "debate")
@@ -60,6 +60,27 @@ def _agent(name: str, agent: AgentConfig, rollout: RolloutConfig) -> Iterator[Fi
         f"{path}.engine.max_context",
         "raise it, or lower rollout.max_tokens",
     )
+    yield from _engine(agent, path)
+
+
+def _engine(agent: AgentConfig, path: str) -> Iterator[Finding]:
+    engine, plain = agent.engine, EngineConfig()
+    vllm = engine.name == "vllm"
+    yield (
+        vllm and agent.train == "lora",
+        "vLLM does not get adapters that are trained",
+        f"{path}.engine.name",
+        "use `embedded`, or `train: full`",
+    )
+    yield (
+        vllm and agent.device.startswith("cuda:") and agent.device != "cuda:0",
+        f"vLLM computes on the first device, not on {agent.device}",
+        f"{path}.device",
+        "use `cuda`, and CUDA_VISIBLE_DEVICES to choose the device",
+    )
+    for key in ("weights", "cache_gib", "fast_start"):
+        given = getattr(engine, key) != getattr(plain, key)
+        yield not vllm and given, "a setting of vLLM's", f"{path}.engine.{key}", "set `engine.name: vllm`, or remove it"
 
 
 def _rollout(rollout: RolloutConfig) -> Iterator[Finding]:

@@ -44,12 +44,13 @@ def dtype_of(config: AgentConfig, device: torch.device) -> torch.dtype:
     return getattr(torch, config.dtype)
 
 
-def load_policy(config: AgentConfig, where: str, seed: int) -> Any:
+def load_policy(config: AgentConfig, where: str, seed: int, *, on_host: bool = False) -> Any:
     """The model that talks and learns, in eval mode; only what is trained requires gradients.
 
-    `where` is the agent's config path for errors; `seed` sets the adapters' first weights.
+    `where` is the agent's config path for errors; `seed` sets the adapters' first weights; `on_host` leaves the weights
+    in the host's memory, for an engine whose weights they become.
     """
-    model = _load(config, where)
+    model = _load(config, where, on_host=on_host)
     model.requires_grad_(config.train == "full")
     if config.train == "lora":
         model = _with_adapters(model, config.lora, f"{where}.lora", seed)
@@ -65,7 +66,7 @@ def load_reference(config: AgentConfig, where: str) -> Any:
     return _load(config, where).requires_grad_(False).eval()
 
 
-def _load(config: AgentConfig, where: str) -> Any:
+def _load(config: AgentConfig, where: str, *, on_host: bool = False) -> Any:
     folder = resolve_model(config.model, f"{where}.model")
     device = device_of(config, where)
     try:
@@ -82,7 +83,7 @@ def _load(config: AgentConfig, where: str) -> Any:
         ) from None
     _without_dropout(model)
     prepare(model)
-    return model.to(device)
+    return model if on_host else model.to(device)
 
 
 def _without_dropout(model: nn.Module) -> None:

@@ -124,6 +124,7 @@ def _arguments(model: Any, options: CoreOptions, context: int, cache: int, devic
         "kv_cache_memory_bytes": cache,
         "gpu_memory_utilization": 0.01,  # looked at where the cache's size is not given; a check of it must pass
         "enable_prefix_caching": True,
+        "block_size": 16 if device.type == "cuda" else 32,  # what a prefix is shared by
         "scheduling_policy": "priority",
         "logprobs_mode": "processed_logprobs",
         "enforce_eager": eager,

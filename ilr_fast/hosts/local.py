@@ -1,5 +1,7 @@
 """An agent and its engine in this process: the engine samples from the very weights that the optimizer changes.
 
+With vLLM the engine is there first and the trainer's parameters become its own, so a model has one place in memory.
+
 host = open_host("ada", config.agents["ada"], config, chat)
 generation = await host.generate(tokens, sampling)
 result = host.update(sequences, step=1)
@@ -21,13 +23,16 @@ from ilr_fast.allocator import keep_freed_memory
 from ilr_fast.chat import ChatFormat
 from ilr_fast.config import AgentConfig, Config
 from ilr_fast.engines.embedded import EmbeddedEngine
+from ilr_fast.engines.vllm import VllmEngine
+from ilr_fast.engines.vllm_core import CoreOptions
+from ilr_fast.loading import device_of, load_policy
 from ilr_fast.types import Generation, Sampling, StepResult, TrainingSequence
 
 
 class LocalHost:
     """A `Host` (hosts/__init__.py) without any process between."""
 
-    def __init__(self, agent: Agent, engine: EmbeddedEngine):
+    def __init__(self, agent: Agent, engine: EmbeddedEngine | VllmEngine):
         self.agent, self.engine = agent, engine
         self.name, self.trains, self.max_context = agent.name, agent.trains, engine.max_context
 
@@ -36,9 +41,12 @@ class LocalHost:
         return await self.engine.generate(tokens, sampling)
 
     def update(self, sequences: Sequence[TrainingSequence], step: int) -> StepResult:
-        """See Host. What the engine has cached goes first, so that its memory is free for training."""
+        """See Host. What the embedded engine has cached goes first, so that its memory is free for training."""
+        if isinstance(self.engine, EmbeddedEngine):
+            self.engine.weights_changed()
+        result = self.agent.update(sequences, step)
         self.engine.weights_changed()
-        return self.agent.update(sequences, step)
+        return result
 
     def reference_logps(self, sequences: Sequence[TrainingSequence]) -> list[tuple[float, ...]]:
         """See Host."""
@@ -54,8 +62,8 @@ class LocalHost:
 
     def load(self, model_folder: Path, state_folder: Path) -> None:
         """See Host."""
-        self.engine.weights_changed()
         self.agent.load(model_folder, state_folder)
+        self.engine.weights_changed()
 
     def forget(self) -> None:
         """See Host."""
@@ -75,7 +83,10 @@ class LocalHost:
 
     def close(self) -> None:
         """Drops model, optimizer and cache."""
-        self.engine.weights_changed()
+        if isinstance(self.engine, VllmEngine):
+            self.engine.close()
+        else:
+            self.engine.weights_changed()
         del self.agent, self.engine
         gc.collect()
         if torch.cuda.is_initialized():
@@ -85,6 +96,8 @@ class LocalHost:
 def open_host(name: str, agent: AgentConfig, config: Config, chat: ChatFormat) -> LocalHost:
     """Loads an agent's model and opens its engine. Sets the process's threads and determinism as the config says."""
     _set_up_torch(config)
+    if agent.engine.name == "vllm":
+        return _with_vllm(name, agent, config, chat)
     loaded = Agent(name, agent, config, chat.tokenizer)
     engine = EmbeddedEngine(
         loaded.model,
@@ -94,6 +107,29 @@ def open_host(name: str, agent: AgentConfig, config: Config, chat: ChatFormat) -
         stop_tokens=chat.stop_tokens,
     )
     return LocalHost(loaded, engine)
+
+
+def _with_vllm(name: str, agent: AgentConfig, config: Config, chat: ChatFormat) -> LocalHost:
+    where = f"agents.{name}"
+    model = load_policy(agent, where, config.seed, on_host=True)
+    options = CoreOptions(
+        slots=agent.engine.slots,
+        max_context=agent.engine.max_context,
+        cache_gib=agent.engine.cache_gib,
+        fast_start=agent.engine.fast_start,
+        seed=config.seed,
+    )
+    engine = VllmEngine(
+        model,
+        chat.tokenizer,
+        options=options,
+        weights=agent.engine.weights,
+        stop_tokens=chat.stop_tokens,
+        seeded=config.deterministic,
+        device=device_of(agent, where),
+        where=where,
+    )
+    return LocalHost(Agent(name, agent, config, chat.tokenizer, model), engine)
 
 
 def _set_up_torch(config: Config) -> None:

@@ -1,0 +1,49 @@
+"""A short two-agent run with vLLM as both agents' engine: one on shared weights, one on a copy.
+
+Run by `make test-vllm`, in an environment of its own; skipped where vLLM is missing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import end_to_end
+import pytest
+from end_to_end import agent, read_rows, save_models, start, write_config
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.vllm
+ENGINE = {"name": "vllm", "slots": 16, "max_context": 1024, "cache_gib": 0.05}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models whose heads are as wide as vLLM's CPU attention wants them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(end_to_end.SIZES, "head_dim", 32)
+        return save_models(tmp_path_factory.mktemp("models"))
+
+
+def train(folder: Path, models: Path, **changes: Any) -> tuple[int, list[dict[str, Any]]]:
+    folder.mkdir()
+    agents = {
+        "ada": agent(models, engine={**ENGINE, "weights": "share"}),
+        "bob": agent(models, "bob", engine={**ENGINE, "weights": "copy"}),
+    }
+    config = write_config(folder, models, agents=agents, **{"steps": 2, **changes})
+    process = start("train", str(config))
+    process.join()
+    return process.exitcode, read_rows(folder / "run")
+
+
+def test_two_agents_train_with_vllm(tmp_path: Path, models: Path) -> None:
+    status, rows = train(tmp_path / "a", models)
+    assert status == 0 and [row["step"] for row in rows] == [1, 2]
+    for row in rows:
+        assert row["failures"] == 0
+        for name in ("ada", "bob"):
+            told = row["agents"][name]
+            assert told["grad_norm"] > 0 and told["skipped"] is None
+            assert told["logp_diff_mean"] < 1e-5 and told["logp_diff_max"] < 1e-4, "the engine lags behind the trainer"
+    assert sum(row["tokens"]["prompt_reused"] for row in rows) > 0
