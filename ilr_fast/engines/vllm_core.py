@@ -18,7 +18,7 @@ import contextlib
 import copy
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -84,9 +84,7 @@ def open_core(model: Any, options: CoreOptions, where: str, device: torch.device
     check_version(where)
     context = _context(model, options, where)
     cache = _cache_bytes(model, options, context, device, where)
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    for name, value in (("VLLM_LOGGING_LEVEL", "ERROR"), ("VLLM_NO_USAGE_STATS", "1")):
-        os.environ.setdefault(name, value)
+    prepare_process()
     decoder = type(model.get_decoder())
     with _process_kept_as_it_is(), _class_kept_as_it_is(decoder), tempfile.TemporaryDirectory() as folder:
         from vllm.engine.arg_utils import EngineArgs
@@ -108,6 +106,30 @@ def open_core(model: Any, options: CoreOptions, where: str, device: torch.device
     _open.add(id(client))
     worker = client.engine_core.model_executor.driver_worker
     return Core(client, worker.get_model(), context, cache)
+
+
+def prepare_process() -> None:
+    """What has to be set before vLLM is imported: its core in this process, few words, no report to its makers."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    for name, value in (("VLLM_LOGGING_LEVEL", "ERROR"), ("VLLM_NO_USAGE_STATS", "1")):
+        os.environ.setdefault(name, value)
+
+
+def plain_llm(model: Any, options: CoreOptions, folder: str, device: torch.device) -> tuple[Any, Callable[[int], Any]]:
+    """vLLM's own `LLM` with the settings of a core, random weights, and parameters for a forced length: a reference."""
+    from vllm import LLM, SamplingParams
+
+    _save_config(model, folder)
+    context = _context(model, options, "bench")
+    arguments = _arguments(model, options, context, _cache_bytes(model, options, context, device, "bench"), device)
+    arguments["scheduling_policy"] = "fcfs"
+    with _process_kept_as_it_is():
+        llm = LLM(model=folder, **arguments)
+
+    def parameters(tokens: int) -> Any:
+        return SamplingParams(max_tokens=tokens, ignore_eos=True, logprobs=0, detokenize=False)
+
+    return llm, parameters
 
 
 def _arguments(model: Any, options: CoreOptions, context: int, cache: int, device: torch.device) -> dict[str, Any]:
