@@ -91,12 +91,11 @@ def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> list[dict[
 def _started(quick: bool, dialogues: int, device: str) -> tuple[Any, Any, dict[str, float]]:
     """The engine on its model, and what the parts of the start took."""
     from ilr_fast.engines.vllm import VllmEngine
-    from ilr_fast.engines.vllm_core import check_version, prepare_process
+    from ilr_fast.engines.vllm_core import check_version, import_vllm
 
     check_version("bench")
-    prepare_process()
     seconds: dict[str, float] = {}
-    _part(seconds, "import", _import)
+    _part(seconds, "import", import_vllm)
     model = _part(seconds, "random weights of the trainer", lambda: _model(quick, device))
     options = _options(quick, dialogues)
     engine = _part(
@@ -111,10 +110,6 @@ def _options(quick: bool, dialogues: int) -> Any:
     from ilr_fast.engines.vllm_core import CoreOptions
 
     return CoreOptions(slots=dialogues, max_context=4096, cache_gib=0.1 if quick else 22.0, fast_start=True)
-
-
-def _import() -> None:
-    import vllm.v1.engine.core_client  # noqa: F401
 
 
 def _model(quick: bool, device: str) -> Any:

@@ -115,6 +115,12 @@ def prepare_process() -> None:
         os.environ.setdefault(name, value)
 
 
+def import_vllm() -> None:
+    """Loads vLLM's engine, which takes seconds, with the process prepared for it."""
+    prepare_process()
+    import vllm.v1.engine.core_client  # noqa: F401
+
+
 def plain_llm(model: Any, options: CoreOptions, folder: str, device: torch.device) -> tuple[Any, Callable[[int], Any]]:
     """vLLM's own `LLM` with the settings of a core, random weights, and parameters for a forced length: a reference."""
     from vllm import LLM, SamplingParams
