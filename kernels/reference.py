@@ -8,6 +8,7 @@ accepted and has no effect. Made to be read and to be right: ILR.md's formulas (
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -188,3 +189,28 @@ def _over_turns(x_T: Tensor, turn_T: Tensor, valid_T: Tensor, reduce: Any) -> Te
         if in_turn_T.any():
             out_T = torch.where(in_turn_T, reduce(x_T[in_turn_T]), out_T)
     return out_T
+
+
+@torch.no_grad()
+def adamw_step_(
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    means: Sequence[Tensor],
+    squares: Sequence[Tensor],
+    *,
+    lr: float,
+    step: int,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    scale: float = 1.0,
+) -> None:
+    """One AdamW step in the tensors' own dtype, rounded to the nearest; see `adamw.adamw_step_`."""
+    for weight, gradient, mean, square in zip(weights, gradients, means, squares, strict=True):
+        g = scale * gradient.to(weight.dtype)
+        mean.mul_(beta1).add_((1 - beta1) * g)
+        square.mul_(beta2).add_((1 - beta2) * g * g)
+        weight.mul_(1 - lr * weight_decay)
+        root = (square / (1 - beta2**step)).sqrt() + eps
+        weight.sub_(lr * mean / (1 - beta1**step) / root)

@@ -197,6 +197,19 @@ def advantage_cases() -> Iterator[Case]:
         yield case(name, module.advantage_kernel, types, constants, warps)
 
 
+def adamw_cases() -> Iterator[Case]:
+    """AdamW: every combination of dtypes that training makes."""
+    kernel = import_kernels("adamw_kernel").adamw_kernel
+    types = {"p_table": "*i64", "p_tensor": "*i32", "p_first": "*i32", "tensors": "i32", "seed": "i64"}
+    scalars = ("lr", "beta1", "beta2", "eps", "weight_decay", "correction1", "correction2", "scale")
+    types |= dict.fromkeys(scalars, "fp32")
+    for weight, gradient, state in (("bf16", "bf16", "fp32"), ("bf16", "fp32", "bf16"), ("fp32", "fp32", "fp32")):
+        given = {"p_weight": weight, "p_gradient": gradient, "p_mean": state, "p_square": state}
+        constants = {"STOCHASTIC": weight == "bf16", "UNIT": 16, "BLOCK": 2048}
+        pointers = {name: f"*{dtype}" for name, dtype in given.items()}
+        yield case(f"adamw_kernel {weight} {gradient} {state}", kernel, types | pointers, constants, warps=8)
+
+
 def compile_ptx(case: Case, architecture: int) -> tuple[str, int]:
     """The PTX of a case, and the bytes of shared memory it takes."""
     from triton.compiler import ASTSource
@@ -249,7 +262,7 @@ def all_kernels() -> set[str]:
 
 def main() -> int:
     """Compiles every case for every architecture; 0 where nothing spills."""
-    cases = [*advantage_cases(), *lm_head_cases(), *product_cases(), *specialized_cases(), *softmax_cases()]
+    cases = [*adamw_cases(), *advantage_cases(), *lm_head_cases(), *product_cases(), *specialized_cases(), *softmax_cases()]
     forgotten = all_kernels() - {c.kernel.__name__ for c in cases}
     assert not forgotten, f"kernels without a case: {forgotten}"
     compiled = failing = 0
