@@ -41,6 +41,12 @@ class OptimizerConfig:
     schedule: Literal["constant", "cosine"] = key("constant", "What follows the warm-up.")
     min_lr_ratio: float = key(0.1, "Where the cosine ends, as a share of lr.", low=0, high=1)
     clip_norm: float | None = key(1.0, "Largest norm of the whole gradient; null: no clipping.", low=0)
+    rounding: Literal["copies", "stochastic"] = key(
+        "copies", "16-bit weights: float32 copies of them are updated, or they themselves, rounded stochastically."
+    )
+    moments: Literal["float32", "bfloat16"] = key(
+        "float32", "Precision of AdamW's moments; bfloat16 with `rounding: stochastic` only."
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +84,9 @@ class AgentConfig:
     lora: LoraConfig = key(LoraConfig, "Adapters, where `train: lora`.")
     optimizer: OptimizerConfig = key(OptimizerConfig, "AdamW and its schedule.")
     engine: EngineConfig = key(EngineConfig, "The rollout engine.")
+    host: Literal["local", "process"] = key(
+        "local", "Where it lives: in the command's process, or in one of its own (docs/hosts.md)."
+    )
     micro_batch_tokens: int = key(8192, "Most packed tokens in one forward and backward pass.", low=16)
     gradient_checkpointing: bool = key(False, "Recompute activations in the backward pass: less memory, more time.")
 

@@ -31,7 +31,8 @@ from ilr_fast.types import Credited
 
 MAY_DIFFER = (
     "run", "steps", "threads", "max_failed_share", "checkpoint.*", "log.*", "evaluate.*", "reward.workers",
-    "agents.*.device", "agents.*.engine.slots", "agents.*.micro_batch_tokens", "agents.*.gradient_checkpointing",
+    "agents.*.device", "agents.*.host", "agents.*.engine.slots", "agents.*.micro_batch_tokens",
+    "agents.*.gradient_checkpointing",
 )  # fmt: skip
 # `examples`: how many a few-shot base was shown; `samples`: answers to each question.
 RESULT_KEY = ("agent", "method", "benchmark", "mode", "examples", "samples")

@@ -86,5 +86,6 @@ def open_session(ready: Ready, folder: RunFolder, progress: Progress) -> Iterato
     with ExitStack() as stack:
         grader = open_grader(ready.config)
         stack.callback(grader.close)
-        team = stack.enter_context(open_team(ready.config, ready.chats))
+        logs = folder.path / "logs"
+        team = stack.enter_context(open_team(ready.config, ready.chats, logs=logs, progress=progress))
         yield Session(ready, folder, team, grader, progress)

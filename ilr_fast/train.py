@@ -25,6 +25,7 @@ from ilr_fast.data import QuestionStream
 from ilr_fast.errors import RunError
 from ilr_fast.failures import Failures, step_failures
 from ilr_fast.heldout import measure_after, measure_base, validate
+from ilr_fast.hosts import HostLost
 from ilr_fast.interaction import Interactions
 from ilr_fast.interrupt import Interrupt
 from ilr_fast.metrics import MetricsLog, Timer, complete
@@ -92,6 +93,7 @@ class _Steps:
         self.stream = QuestionStream(session.ready.splits["train"], self.config.seed)
         self.failures = Failures(session.folder.path / "failures.jsonl", self.config.max_failed_share)
         self.done = self.saved = start
+        self.whole = True  # False while some agents are updated and others not
         self.row: dict[str, Any] = {}
         self.warned: set[str] = set()
 
@@ -100,6 +102,8 @@ class _Steps:
         try:
             for step in range(self.done + 1, self.config.steps + 1):
                 self.step(step)
+        except HostLost:
+            raise
         except (KeyboardInterrupt, RunError):
             with self.interrupt.held():
                 self.checkpoint(score=None)
@@ -114,8 +118,9 @@ class _Steps:
         rollout = roll_out(session, self.interactions, questions_Q, step, timer)
         after = {name: host.stats() for name, host in session.team.hosts.items()}
         with self.interrupt.held():
+            self.whole = False
             results = update(session, rollout.credited, step, timer)
-            self.done = step
+            self.done, self.whole = step, True
             failed = step_failures(step, rollout.dialogues, rollout.scored, results)
             self.failures.add(failed)
             session.folder.write_dialogues(step, rollout.credited)
@@ -154,8 +159,8 @@ class _Steps:
             self.session.progress.step(self.row)
 
     def checkpoint(self, score: float | None) -> None:
-        """Saves the last whole step, once."""
-        if self.done > self.saved:
+        """Saves the last whole step, once, unless an update was cut off in its middle."""
+        if self.whole and self.done > self.saved:
             state = {"fingerprint": self.session.folder.fingerprint, "row": complete(self.row)}
             save(self.session.folder.checkpoints, self.done, self.session.team.hosts, state,
                  keep=self.config.checkpoint.keep, score=score)
@@ -187,10 +192,16 @@ def roll_out(
 
 
 def update(session: Session, credited: Sequence[Credited], step: int, timer: Timer) -> dict[str, StepResult]:
-    """Every agent that learns takes its step on its own turns; its engine samples from the new weights at once."""
-    results = {}
-    for name, host in session.team.hosts.items():
-        with timer("train"), session.progress.phase(f"update {name}"):
-            sequences = training_sequences(credited, name)
-            results[name] = host.update(sequences, step) if host.trains else StepResult({}, 0, 0)
+    """Every agent that learns takes its step on its own turns, beside the others where their hosts can; its engine
+    samples from the new weights at once."""
+    hosts = session.team.hosts
+    with timer("train"), session.progress.phase("update", len(hosts)) as advance:
+        finish = {
+            name: host.start_update(training_sequences(credited, name), step)
+            for name, host in hosts.items() if host.trains
+        }  # fmt: skip
+        results = {}
+        for name in hosts:
+            results[name] = finish[name]() if name in finish else StepResult({}, 0, 0)
+            advance()
     return results

@@ -1,15 +1,21 @@
-"""A host keeps one agent, wherever it lives: in this process today, in one of its own with its engine later.
+"""A host keeps one agent, wherever it lives: in this process (local.py) or, with its engine, in one of its own
+(process.py). docs/hosts.md says which is for what.
 
 Only text, token ids, rewards and numbers cross this interface, so a host can move without the loop noticing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from ilr_fast.errors import RunError
 from ilr_fast.types import Generation, Sampling, StepResult, TrainingSequence
+
+
+class HostLost(RunError):
+    """An agent's process has ended, and its weights with it: nothing after the last checkpoint can be saved."""
 
 
 class Host(Protocol):
@@ -28,6 +34,10 @@ class Host(Protocol):
 
         `step` counts from 1 and sets the learning rate. A NaN gradient skips the update and says so in the result.
         """
+        ...
+
+    def start_update(self, sequences: Sequence[TrainingSequence], step: int) -> Callable[[], StepResult]:
+        """An update that runs beside those of other hosts where it can: call what this returns for its result."""
         ...
 
     def reference_logps(self, sequences: Sequence[TrainingSequence]) -> list[tuple[float, ...]]:

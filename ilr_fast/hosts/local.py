@@ -12,7 +12,8 @@ from __future__ import annotations
 import gc
 import os
 import resource
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,6 +48,10 @@ class LocalHost:
         result = self.agent.update(sequences, step)
         self.engine.weights_changed()
         return result
+
+    def start_update(self, sequences: Sequence[TrainingSequence], step: int) -> Callable[[], StepResult]:
+        """See Host. In this process the update runs when its result is asked for."""
+        return partial(self.update, sequences, step)
 
     def reference_logps(self, sequences: Sequence[TrainingSequence]) -> list[tuple[float, ...]]:
         """See Host."""
