@@ -72,7 +72,7 @@ class Agent:
         self.loss_scale = FIRST_LOSS_SCALE if self.model.dtype == torch.float16 and config.train == "full" else 1.0
         if self.trains:
             trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-            self.optimizer = Optimizer(trained, config.optimizer, run.steps)
+            self.optimizer = Optimizer(trained, config.optimizer, run.steps, run.seed)
             self.sinks = GradientSinks(self.model.get_input_embeddings(), lm_head_of(self.model).weight)
 
     def update(self, sequences: Sequence[TrainingSequence], step: int) -> StepResult:

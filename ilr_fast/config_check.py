@@ -52,6 +52,19 @@ def _agent(name: str, agent: AgentConfig, rollout: RolloutConfig) -> Iterator[Fi
     yield not agent.model, "no model", f"{path}.model", "give a folder or a name (`ilr-fast get-model` lists some)"
     betas = (agent.optimizer.beta1, agent.optimizer.beta2)
     yield max(betas) >= 1, "AdamW's averages never move", f"{path}.optimizer", "use beta1 and beta2 below 1"
+    rounding, moments = agent.optimizer.rounding, agent.optimizer.moments
+    yield (
+        rounding == "stochastic" and agent.dtype == "float16",
+        "float16 weights can't be rounded stochastically",
+        f"{path}.optimizer.rounding",
+        "use bfloat16, or `rounding: copies`",
+    )
+    yield (
+        rounding == "copies" and moments != "float32",
+        "AdamW on float32 copies keeps float32 moments",
+        f"{path}.optimizer.moments",
+        "add `rounding: stochastic`, or leave moments at float32",
+    )
     limits = [turn_limit(rollout, stage) for stage in rollout.max_tokens if "default" in rollout.max_tokens]
     context = agent.engine.max_context
     yield (

@@ -61,9 +61,11 @@ def adamw_step_(
         return
     generator = torch.Generator().manual_seed(seed & (2**63 - 1))
     for tensors in zip(weights, gradients, means, squares, strict=True):
-        flat = [x.view(-1) for x in tensors]
-        for start in range(0, flat[0].numel(), CHUNK):
-            _step_of(*(x[start : start + CHUNK] for x in flat), constants, generator if stochastic else None)
+        weight, gradient, mean, square = (x.view(-1) for x in tensors)
+        for start in range(0, weight.numel(), CHUNK):
+            piece = slice(start, start + CHUNK)
+            rounds = generator if stochastic else None
+            _step_of(weight[piece], gradient[piece], mean[piece], square[piece], constants, rounds)
 
 
 def round_stochastically(x: Tensor, generator: torch.Generator) -> Tensor:
