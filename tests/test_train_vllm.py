@@ -10,7 +10,7 @@ from typing import Any
 
 import end_to_end
 import pytest
-from end_to_end import agent, read_rows, save_models, start, write_config
+from end_to_end import agent, read_rows, save_models, start, without_timings, write_config
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -48,3 +48,12 @@ def test_two_agents_train_with_vllm(tmp_path: Path, models: Path, host: str) -> 
             assert told["grad_norm"] > 0 and told["skipped"] is None
             assert told["logp_diff_mean"] < 1e-5 and told["logp_diff_max"] < 1e-4, "the engine lags behind the trainer"
     assert sum(row["tokens"]["prompt_reused"] for row in rows) > 0
+
+
+def test_a_deterministic_run_repeats(tmp_path: Path, models: Path) -> None:
+    runs = [train(tmp_path / name, models) for name in ("a", "b")]
+    rows = [[without_timings(row) for row in found] for _, found in runs]
+    assert rows[0] == rows[1] and len(rows[0]) == 2
+    for step in (1, 2):
+        said = [(tmp_path / n / "run" / "dialogues" / f"step_{step:06d}.jsonl").read_bytes() for n in ("a", "b")]
+        assert said[0] == said[1]
