@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -82,7 +83,7 @@ def fill(
     redo = target_C.new_empty(1, dtype=torch.int32)
     chunk = _Chunk(head, hidden_CD, target_C, softmax, chosen, tiles, total, moment, redo)
     _target(chunk)
-    product = _specialized(chunk) if chosen.specialized else _plain(chunk, slope)
+    product = _specialized(chunk) if chosen.specialized and _has_gluon() else _plain(chunk, slope)
     if gate is not None:
         gate()
     product(None)
@@ -102,6 +103,16 @@ def _target(chunk: _Chunk) -> None:
     finish = (float(head.softcap or 0.0), float(head.temperature))
     arguments = (hidden_CD, head.weight_VD, *vectors, *sizes, *finish)
     launch(kernels.target_kernel, (rows,), arguments, constants, num_warps=4)
+
+
+@cache
+def _has_gluon() -> bool:
+    """Whether this Triton has Gluon's names for Hopper, which may still change from release to release."""
+    try:
+        from ilr_kernels import softmax_product_gluon  # noqa: F401
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 def _specialized(chunk: _Chunk) -> Product:
