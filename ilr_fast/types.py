@@ -17,6 +17,8 @@ from typing import Any, Literal, Protocol
 Interaction = Literal["cooperation", "competition", "neutral"]
 FinishReason = Literal["stop", "length", "error"]
 Role = Literal["system", "user", "assistant"]
+# What an agent holds of its device's memory: weights, keys and values; weights, and what training takes; nothing.
+Residence = Literal["awake", "training", "away"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,18 @@ class Engine(Protocol):
 
     def weights_changed(self) -> None:
         """Forgets everything computed with the old weights (prefix cache included)."""
+        ...
+
+    def forget(self) -> None:
+        """Drops the prefix cache; the weights are those that the engine has."""
+        ...
+
+    def reside(self, residence: Residence) -> None:
+        """Gives memory back, or takes it again: `training` and `away` without keys and values, `away` without weights.
+
+        Weights come back bit for bit, the cache comes back empty. Nothing may run, and nothing is generated until the
+        engine is `awake` again. UserError where the memory is not there.
+        """
         ...
 
 

@@ -109,6 +109,20 @@ def test_an_optimizer_step_is_seen(weights: str) -> None:
     assert result.logps == expected(model, prompt, result)
 
 
+def test_forgetting_drops_the_cache_and_copies_no_weights() -> None:
+    model = small_model("llama")
+    engine = engine_for(model, weights="copy")
+    prompt, greedy = prompts_of([200])[0], Sampling(4, temperature=0)
+    before = run(engine, [prompt], [greedy])[0]
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight.mul_(-3)
+    engine.forget()
+    reused = engine.stats().tokens_reused
+    assert run(engine, [prompt], [greedy])[0].tokens == before.tokens and engine.stats().tokens_reused == reused
+    engine.weights_changed()
+    assert run(engine, [prompt], [greedy])[0].tokens != before.tokens
+
+
 def test_weights_that_change_while_a_request_runs_are_used_from_then_on() -> None:
     model = small_model("llama")
     engine, prompts = engine_for(model), prompts_of([6, 30])

@@ -39,7 +39,7 @@ from ilr_fast.engines.cache import CachePlan, SlotCache
 from ilr_fast.engines.mistakes import mistake_of
 from ilr_fast.engines.sampler import sample
 from ilr_fast.engines.stops import Decoder, StopStrings
-from ilr_fast.types import FinishReason, Generation, Sampling
+from ilr_fast.types import FinishReason, Generation, Residence, Sampling
 
 # Passes of the event loop between two steps: enough for a finished turn to reach its peers and come back as requests.
 PASSES_BETWEEN_STEPS = 12
@@ -101,6 +101,15 @@ class EmbeddedEngine:
 
     def weights_changed(self) -> None:
         """Drops everything computed with the old weights and its memory; running requests go on with the new ones."""
+        self.forget()
+
+    def reside(self, residence: Residence) -> None:
+        """See types.Engine. The weights are the trainer's own, and its host's to move."""
+        if residence != "awake":
+            self.forget()
+
+    def forget(self) -> None:
+        """Drops keys and values and their memory; running requests go on."""
         self._batcher.forget()
         self._cache.release()
         self._logits = None

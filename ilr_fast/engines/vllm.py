@@ -32,7 +32,7 @@ from ilr_fast.engines.embedded import PASSES_BETWEEN_STEPS, EngineStats
 from ilr_fast.engines.mistakes import mistake_of
 from ilr_fast.engines.stops import Decoder, StopStrings
 from ilr_fast.engines.vllm_core import CoreOptions, open_core
-from ilr_fast.types import FinishReason, Generation, Sampling
+from ilr_fast.types import FinishReason, Generation, Residence, Sampling
 from ilr_fast.weights import CannotShare, WeightCopy, check_shared, share
 
 SEEDS = 2**63 - 1  # vLLM's seeds are not negative
@@ -106,8 +106,17 @@ class VllmEngine:
             self._copy()
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()  # vLLM may compute on a stream of its own
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops the prefix cache; running requests begin again with what they have sampled."""
         self._drain()
         self._client.reset_prefix_cache(reset_running_requests=True)
+
+    def reside(self, residence: Residence) -> None:
+        """See types.Engine."""
+        if residence != "awake":
+            self.forget()
 
     async def generate(self, tokens: Sequence[int], sampling: Sampling) -> Generation:
         """Samples a continuation of `tokens`; a request that fails gives `finish="error"`, never an exception.

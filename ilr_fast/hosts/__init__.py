@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ilr_fast.errors import RunError
-from ilr_fast.types import Generation, Sampling, StepResult, TrainingSequence
+from ilr_fast.types import Generation, Residence, Sampling, StepResult, TrainingSequence
 
 
 class HostLost(RunError):
@@ -58,6 +58,11 @@ class Host(Protocol):
 
     def forget(self) -> None:
         """Drops what the engine has cached: its next tokens then depend on nothing that it was asked before."""
+        ...
+
+    def reside(self, residence: Residence) -> None:
+        """What the agent holds of its device's memory from here on (types.Engine). Unless it is to be `awake`, what
+        torch keeps for later goes back to the device too. UserError where the memory is not there."""
         ...
 
     def stats(self) -> dict[str, float]:

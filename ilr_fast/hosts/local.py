@@ -27,7 +27,7 @@ from ilr_fast.engines.embedded import EmbeddedEngine
 from ilr_fast.engines.vllm import VllmEngine
 from ilr_fast.engines.vllm_core import CoreOptions
 from ilr_fast.loading import device_of, load_policy
-from ilr_fast.types import Generation, Sampling, StepResult, TrainingSequence
+from ilr_fast.types import Generation, Residence, Sampling, StepResult, TrainingSequence
 
 
 class LocalHost:
@@ -44,7 +44,7 @@ class LocalHost:
     def update(self, sequences: Sequence[TrainingSequence], step: int) -> StepResult:
         """See Host. What the embedded engine has cached goes first, so that its memory is free for training."""
         if isinstance(self.engine, EmbeddedEngine):
-            self.engine.weights_changed()
+            self.engine.forget()
         result = self.agent.update(sequences, step)
         self.engine.weights_changed()
         return result
@@ -72,7 +72,13 @@ class LocalHost:
 
     def forget(self) -> None:
         """See Host."""
-        self.engine.weights_changed()
+        self.engine.forget()
+
+    def reside(self, residence: Residence) -> None:
+        """See Host."""
+        self.engine.reside(residence)
+        if residence != "awake" and self.agent.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def stats(self) -> dict[str, float]:
         """Counters since start. `memory_peak_gib` is the highest so far, of the device; on the CPU of the process."""
@@ -91,7 +97,7 @@ class LocalHost:
         if isinstance(self.engine, VllmEngine):
             self.engine.close()
         else:
-            self.engine.weights_changed()
+            self.engine.forget()
         del self.agent, self.engine
         gc.collect()
         if torch.cuda.is_initialized():

@@ -24,7 +24,7 @@ from ilr_fast.config_parse import to_tree
 from ilr_fast.engines.embedded import PASSES_BETWEEN_STEPS
 from ilr_fast.hosts import HostLost, messages
 from ilr_fast.hosts.link import Link
-from ilr_fast.types import Generation, Sampling, StepResult, TrainingSequence
+from ilr_fast.types import Generation, Residence, Sampling, StepResult, TrainingSequence
 
 
 class ProcessHost:
@@ -81,6 +81,10 @@ class ProcessHost:
     def forget(self) -> None:
         """See Host."""
         self._link.ask("forget").result()
+
+    def reside(self, residence: Residence) -> None:
+        """See Host."""
+        self._link.ask("reside", residence=residence).result()
 
     def stats(self) -> dict[str, float]:
         """See Host. On the CPU the memory is the worker's."""

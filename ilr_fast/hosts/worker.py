@@ -27,6 +27,7 @@ from typing import Any, BinaryIO
 from ilr_fast.hosts import Host, messages
 from ilr_fast.hosts.messages import Message
 from ilr_fast.rewards.worker import die_with
+from ilr_fast.types import Residence
 
 # Fewer than the engine takes between two steps: what finished in one hands in its result before the next.
 PASSES_AFTER_STEP = 3
@@ -140,6 +141,9 @@ class Worker:
 
     async def _forget(self) -> None:
         self._host.forget()
+
+    async def _reside(self, residence: Residence) -> None:
+        self._host.reside(residence)
 
     async def _stats(self) -> dict[str, float]:
         return self._host.stats()
