@@ -1,9 +1,10 @@
 """vLLM as the rollout engine inside the trainer's process, on the trainer's own weights or a copy of them.
 
 Requests go straight into vLLM's core, as token ids, and come back token by token: a dialogue's next turn enters the
-running batch as soon as its peers' text is there, without a barrier between stages. The core is stepped by a task of
-the caller's event loop, which gets its passes between two steps and ends when there is nothing to do. Prefixes are
-cached; dialogues that are further along (longer prompts) come first where not all fit.
+running batch as soon as its peers' text is there, without a barrier between stages (admission.py says when exactly,
+and who waits where not all fit). The core is stepped by a task of the caller's event loop, which gets its passes
+between two steps and ends when there is nothing to do. On a GPU vLLM computes the next step while a step's results are
+taken and the next turns come in. Prefixes are cached.
 
 Log-probs are vLLM's `processed_logprobs`: of softmax(logits / temperature), at temperature 1 where greedy. With top-k
 or top-p, which training does not use, they are of the restricted distribution.
@@ -28,6 +29,7 @@ from typing import Any, Literal
 
 import torch
 
+from ilr_fast.engines.admission import Admission
 from ilr_fast.engines.embedded import PASSES_BETWEEN_STEPS, EngineStats
 from ilr_fast.engines.mistakes import mistake_of
 from ilr_fast.engines.stops import Decoder, StopStrings
@@ -42,7 +44,7 @@ SEEDS = 2**63 - 1  # vLLM's seeds are not negative
 class _Request:
     """What has come of one request; `limit` is the most tokens it may sample."""
 
-    prompt: int
+    prompt: list[int]
     limit: int
     sampling: Sampling
     future: asyncio.Future[Generation]
@@ -71,8 +73,8 @@ class VllmEngine:
         device: torch.device | None = None,
         where: str = "vllm",
     ):
-        device = device or model.device
-        self._core = open_core(model, options or CoreOptions(), where, device)
+        device, options = device or model.device, options or CoreOptions()
+        self._core = open_core(model, options, where, device)
         self.max_context = self._core.max_context
         self._model, self._where, self._seeded = model, where, seeded
         self._copy = self._connect(weights, device)
@@ -81,6 +83,7 @@ class VllmEngine:
         self._stop_tokens = frozenset(stop_tokens)
         self._stops = StopStrings(tokenizer)
         self._requests: dict[str, _Request] = {}
+        self._admission = Admission(options.tokens_in_flight or self._core.cache_tokens, options.slots)
         self._names = itertools.count()
         self._driver: asyncio.Task[None] | None = None
         self._stats = EngineStats()
@@ -130,11 +133,11 @@ class VllmEngine:
             return Generation((), (), "error", "", mistake)
         loop = asyncio.get_running_loop()
         limit = min(sampling.max_tokens, self.max_context - len(tokens))
-        request = _Request(len(tokens), limit, sampling, loop.create_future())
+        request = _Request(list(tokens), limit, sampling, loop.create_future())
         name = str(next(self._names))
         self._requests[name] = request
         self._stats.tokens_prompt += len(tokens)
-        self._client.add_request(self._core_request(name, list(tokens), request))
+        self._admission.add(name, prompt=len(tokens), limit=limit)
         if self._driver is None or self._driver.done() or self._driver.get_loop() is not loop:
             self._driver = loop.create_task(self._drive())
         return await request.future
@@ -162,6 +165,8 @@ class VllmEngine:
             self._abort([n for n, r in self._requests.items() if r.future.done()])  # cancelled, or of a closed loop
             if not self._requests:
                 return
+            for name in self._admission.enter():
+                self._client.add_request(self._core_request(name, self._requests[name]))
             self.step()
 
     def _connect(self, weights: str, device: torch.device) -> WeightCopy | None:
@@ -180,7 +185,7 @@ class VllmEngine:
         copy()
         return copy
 
-    def _core_request(self, name: str, tokens: list[int], request: _Request) -> Any:
+    def _core_request(self, name: str, request: _Request) -> Any:
         from vllm.sampling_params import SamplingParams
         from vllm.v1.engine import EngineCoreRequest
 
@@ -198,7 +203,7 @@ class VllmEngine:
         )
         return EngineCoreRequest(
             request_id=name,
-            prompt_token_ids=tokens,
+            prompt_token_ids=request.prompt,
             mm_features=None,
             sampling_params=parameters,
             pooling_params=None,
@@ -206,7 +211,7 @@ class VllmEngine:
             lora_request=None,
             cache_salt=None,
             data_parallel_rank=None,
-            priority=-len(tokens),
+            priority=-len(request.prompt),
         )
 
     def _take(self, outputs: Iterable[Any]) -> None:
@@ -220,7 +225,7 @@ class VllmEngine:
                 self._stats.tokens_reused += output.prefill_stats.num_cached_tokens if output.prefill_stats else 0
             if output.new_token_ids and self._append(output.request_id, request, output):
                 stopped.append(output.request_id)
-            elif output.finish_reason is not None:
+            elif output.finish_reason is not None and output.request_id in self._requests:
                 last = request.tokens[-1] if request.tokens else None
                 self._finish(output.request_id, "stop" if last in self._stop_tokens else "length")
         self._abort(stopped)
@@ -237,13 +242,14 @@ class VllmEngine:
             request.logps.append(logp)
             self._stats.tokens_generated += 1
             if stop and token not in self._stop_tokens and self._stops.completed(request.tokens, stop):
-                self._finish(name, "stop", keep=True)
+                self._finish(name, "stop")
                 return True
         return False
 
-    def _finish(self, name: str, finish: FinishReason, *, keep: bool = False) -> None:
-        """Hands over the result; `keep`: vLLM still runs the request and has to be told."""
-        request = self._requests[name] if keep else self._requests.pop(name)
+    def _finish(self, name: str, finish: FinishReason) -> None:
+        """Hands over the result."""
+        request = self._requests.pop(name)
+        self._admission.leave(name, sampled=len(request.tokens))
         if not request.future.done():
             text = self._stops.before_stop(request.tokens, request.sampling.stop)
             request.future.set_result(Generation(tuple(request.tokens), tuple(request.logps), finish, text))
@@ -261,10 +267,12 @@ class VllmEngine:
             self._client.reset_prefix_cache(reset_running_requests=True)
 
     def _abort(self, names: Sequence[str]) -> None:
+        """Makes vLLM give up requests that it may still run."""
         if names:
             self._client.abort_requests(list(names))
             for name in names:
-                self._requests.pop(name, None)
+                if self._requests.pop(name, None) is not None:
+                    self._admission.leave(name)
 
     def _drain(self) -> None:
         """Takes the results of steps that vLLM has begun already."""

@@ -39,11 +39,15 @@ _open: set[int] = set()  # the cores of this process, by their client
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoreOptions:
-    """What an agent's engine is opened with; `cache_gib` None: room for all slots, at most a quarter of free memory."""
+    """What an agent's engine is opened with.
+
+    `cache_gib` None: room for all slots, at most a quarter of free memory. `tokens_in_flight` None: what the cache holds.
+    """
 
     slots: int = 64
     max_context: int | None = None
     cache_gib: float | None = None
+    tokens_in_flight: int | None = None
     fast_start: bool = True
     seed: int = 0
 
@@ -56,6 +60,7 @@ class Core:
     model: nn.Module
     max_context: int
     cache_bytes: int
+    cache_tokens: int
 
     def close(self) -> None:
         """Gives up keys and values. vLLM's groups and workspace are the process's: they end with its last core."""
@@ -96,7 +101,8 @@ def open_core(model: Any, options: CoreOptions, where: str, device: torch.device
         _save_config(model, folder)
         arguments = _arguments(model, options, context, cache, device)
         try:
-            config = EngineArgs(model=folder, **arguments).create_engine_config()
+            with _models_inspected_here():
+                config = EngineArgs(model=folder, **arguments).create_engine_config()
             with _weights_left_in_place():
                 client = InprocClient(config, Executor.get_class(config), log_stats=False)
         except (ValueError, torch.OutOfMemoryError, RuntimeError) as error:
@@ -105,7 +111,7 @@ def open_core(model: Any, options: CoreOptions, where: str, device: torch.device
         finalizer.detach()  # it would end the other cores with this one
     _open.add(id(client))
     worker = client.engine_core.model_executor.driver_worker
-    return Core(client, worker.get_model(), context, cache)
+    return Core(client, worker.get_model(), context, cache, cache // _bytes_per_token(model))
 
 
 def prepare_process() -> None:
@@ -280,6 +286,23 @@ def _class_kept_as_it_is(kind: type) -> Iterator[None]:
         for name, member in members.items():
             if vars(kind)[name] is not member:
                 setattr(kind, name, member)
+
+
+@contextlib.contextmanager
+def _models_inspected_here() -> Iterator[None]:
+    """What vLLM wants to know of a model's class it asks a new process for, which imports all of vLLM first: some ten
+    seconds, so that CUDA is not touched here. Here it is touched anyway."""
+    from vllm.model_executor.models import registry
+
+    elsewhere = getattr(registry, "_run_in_subprocess", None)
+    if elsewhere is None:
+        yield
+        return
+    registry._run_in_subprocess = lambda inspect: inspect()
+    try:
+        yield
+    finally:
+        registry._run_in_subprocess = elsewhere
 
 
 @contextlib.contextmanager
