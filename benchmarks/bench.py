@@ -9,7 +9,7 @@ the exit status is then 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -49,8 +49,13 @@ def bench(
         figures.require_matplotlib()
     paths, wrong = [], []
     for name in chosen:
-        run: Callable[..., list[dict[str, Any]]] = import_module(f"ilr_benchmarks.{name}").run
-        rows = run(rounds=rounds, quick=quick, only_ours=only_ours, device="cpu" if name in CPU else device)
+        run: Callable[..., Iterable[dict[str, Any]]] = import_module(f"ilr_benchmarks.{name}").run
+        found = run(rounds=rounds, quick=quick, only_ours=only_ours, device="cpu" if name in CPU else device)
+        rows: list[dict[str, Any]] = []
+        for row in found:  # of a long benchmark, what there is is kept as it comes
+            rows.append(row)
+            if isinstance(found, Iterator):
+                common.write_results(name + ("_quick" if quick else ""), rows, command, out, commit)
         print(f"\n{name}\n{table(rows)}")
         paths.append(common.write_results(name + ("_quick" if quick else ""), rows, command, out, commit))
         print(f"written: {paths[-1]}")

@@ -1,12 +1,18 @@
 """Rollouts by vLLM in the trainer's process: dialogues of three turns without barriers beside plain `LLM.generate`.
 
-    ilr-fast bench rollout      # one NVIDIA GPU with vLLM; about three minutes
+    ilr-fast bench rollout      # one NVIDIA GPU with vLLM; two minutes a round
 
-A model of Qwen2's 1.5B shape with random weights. Every dialogue has a prompt of 200 tokens and three turns of forced
-length, log-normal with mean 200, at most 512, from a fixed seed; before the second and third turn it is given 60 tokens
-more. The reference generates as many turns, each after a prompt of 200 tokens, in one call with the same settings and
-slots, in the same process. Both give log-probs. Beside them: what an update costs until the engine has it, and what the
-start takes.
+Models with random weights, of Qwen2's 1.5B and Llama 3.2's 1B shape. Every dialogue has a prompt of 200 tokens and three
+turns of forced length, log-normal with mean 200, at most 512, from a fixed seed; before the second and third turn it is
+given 60 tokens more. 512 of 1,024 dialogues are in flight. Beside them, in the same process and with the same slots:
+
+- plain `LLM.generate` of as many turns and tokens, each after a prompt of 200 tokens, in one call;
+- the same dialogues stage by stage in batches of 512, with a barrier after each stage;
+- what an update costs until the engine has it, what the start takes, what the weights take beside the trainer's;
+- the GPU's idle share over some steps, from the times of all kernels;
+- two agents of both shapes in one process, 256 dialogues each at the same time, and one agent after the other.
+
+All give log-probs; those of some sequences are held against the trainer's own forward pass. Rows come as they are made.
 """
 
 from __future__ import annotations
@@ -14,133 +20,152 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from ilr_benchmarks.common import row
+from ilr_benchmarks.rollout_load import TURNS, Load, NoText, in_stages, random_model, talk
 
 from ilr_fast.errors import UserError
-from ilr_fast.types import Sampling
+from ilr_fast.types import Generation, Sampling
 
-TURNS, PROMPT, BETWEEN, MEAN, MOST = 3, 200, 60, 200, 512
-BIG = dict(
-    vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
-    num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True,
-)  # fmt: skip
-SMALL = dict(
-    vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
-    num_key_value_heads=1, max_position_embeddings=4096, tie_word_embeddings=True,
-)  # fmt: skip
-TARGETS = {"dialogues": 1 / 0.95, "update": 0.05}
+TARGETS = {"plain": 0.95, "stages": 1.3, "agents": 1.1, "update": 0.05, "start": 25.0, "idle": 0.1}
+GIB = 2**30
 
 
-class NoText:
-    """A tokenizer for generations that nobody reads."""
-
-    def decode(self, token_ids: Any, /, *, skip_special_tokens: bool) -> str:
-        return ""
-
-
-def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> list[dict[str, Any]]:
-    """Rows of the rollout itself, the update and the start; a row with a status alone where vLLM is missing."""
-    dialogues = 6 if quick else 512
-    shape = f"{'small' if quick else 'Qwen2 1.5B'}, {dialogues} dialogues of {TURNS} turns"
+def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> Iterator[dict[str, Any]]:
+    """Rows, the most important ones first; a row with a status alone where vLLM is missing."""
+    rounds = min(rounds, 3)
+    in_flight = 6 if quick else 512
+    shape = f"{'small' if quick else 'Qwen2 1.5B'}, {2 * in_flight} dialogues of {TURNS} turns, {in_flight} in flight"
+    seconds: dict[str, float] = {}
     try:
-        start = _started(quick, dialogues, device)
+        engine, model = _started(seconds, "qwen", in_flight, quick, device)
     except UserError as error:
-        return [row("dialogues by the engine", shape, [], status=str(error).splitlines()[0])]
-    engine, model, seconds = start
-    g = np.random.default_rng(0)
-    lengths = _lengths(g, dialogues, 12 if quick else MOST)
-    prompts = g.integers(0, model.config.vocab_size, (dialogues, TURNS, PROMPT)).tolist()
-    generated = int(lengths.sum())
-    asyncio.run(_talk(engine, prompts, np.minimum(lengths, 8)))  # kernels are loaded and compiled
-    times = min(rounds, 3)
-    ours = [_timed(lambda: asyncio.run(_talk(engine, prompts, lengths)), engine) for _ in range(times)]
-    busy = engine.stats()
-    update = [_timed(lambda: _update(engine, model)) for _ in range(5)]
-    plain = [] if only_ours else _plain(model, prompts, lengths, times, quick, device)
-    rows = [row("plain LLM.generate, in one call", shape, plain, **_speed(plain, generated))] if plain else []
-    limit = float(np.median(plain)) if plain else None
-    told = _met(ours, limit)
-    return [
-        *rows,
-        row(
-            "dialogues by the engine",
-            shape,
-            ours,
-            limit_seconds=limit,
-            prefix_hits=busy.tokens_reused / busy.tokens_prompt,
-            **_speed(ours, generated),
-            **told,
-        ),
-        row(
-            "an update until the engine has it",
-            shape,
-            update,
-            target=f"≤ {TARGETS['update']} s",
-            met=bool(np.median(update) <= TARGETS["update"]),
-            bytes_copied=0 if engine.shares else None,
-        ),
-        *(row(f"start: {name}", shape, [value]) for name, value in seconds.items()),
-    ]
+        yield row("dialogues by the engine", shape, [], status=str(error).splitlines()[0])
+        return
+    load = Load.drawn(model.config.vocab_size, 2 * in_flight, in_flight, 12 if quick else 512)
+    error = _error(engine, model)
+    asyncio.run(talk(engine, load.cut(in_flight, 8)))  # kernels are loaded and compiled
+    ours, idle, hits = [], [], []
+    for _ in range(rounds):
+        before = engine.stats()
+        ours.append(_timed(lambda: asyncio.run(talk(engine, load)), engine))
+        after = engine.stats()
+        hits.append((after.tokens_reused - before.tokens_reused) / (after.tokens_prompt - before.tokens_prompt))
+    more = dict(error=error, prefix_hits=float(np.median(hits)), **_speed(ours, load.generated))
+    yield row("dialogues by the engine", shape, ours, **more)
+    yield from _weights(engine, model, shape)
+    yield from _start(seconds, shape)
+    if device == "cuda":
+        idle = [_idle_share(engine, load) for _ in range(min(rounds, 2))]
+        met = bool(np.median(idle) <= TARGETS["idle"])
+        yield row("idle share of the GPU while dialogues run", shape, [], share=float(np.median(idle)), met=met,
+                  target=f"≤ {TARGETS['idle']}", status=f"{np.median(idle):.3f}")
+    if only_ours:
+        return
+    plain = _plain(model, load, rounds, quick, device)
+    yield row("plain LLM.generate, in one call", shape, plain, **_speed(plain, load.generated))
+    yield _ratio("dialogues beside plain LLM.generate", shape, plain, ours, TARGETS["plain"])
+    stages = [_timed(lambda: asyncio.run(in_stages(engine, load)), engine) for _ in range(rounds)]
+    yield row("stage by stage, with barriers", shape, stages, **_speed(stages, load.generated))
+    yield _ratio("dialogues beside stages with barriers", shape, stages, ours, TARGETS["stages"])
+    yield from _two_agents(engine, model, load.cut(in_flight // 2), rounds, quick, device)
 
 
-def _started(quick: bool, dialogues: int, device: str) -> tuple[Any, Any, dict[str, float]]:
+def _started(seconds: dict[str, float], family: str, slots: int, quick: bool, device: str) -> tuple[Any, Any]:
     """The engine on its model, and what the parts of the start took."""
     from ilr_fast.engines.vllm import VllmEngine
     from ilr_fast.engines.vllm_core import check_version, import_vllm
 
     check_version("bench")
-    seconds: dict[str, float] = {}
-    _part(seconds, "import", import_vllm)
-    model = _part(seconds, "random weights of the trainer", lambda: _model(quick, device))
-    options = _options(quick, dialogues)
+    _part(seconds, "importing vLLM", import_vllm)
+    model = _part(seconds, "random weights of the trainer", lambda: random_model(family, device, quick))
+    options = _options(quick, slots)
     engine = _part(
         seconds,
-        "engine (weights, profile, graphs, sharing)",
+        "the engine",
         lambda: VllmEngine(model, NoText(), options=options, seeded=False, where="bench"),
     )
-    return engine, model, seconds
+    return engine, model
 
 
-def _options(quick: bool, dialogues: int) -> Any:
+def _options(quick: bool, slots: int) -> Any:
     from ilr_fast.engines.vllm_core import CoreOptions
 
-    return CoreOptions(slots=dialogues, max_context=4096, cache_gib=0.1 if quick else 22.0, fast_start=True)
+    return CoreOptions(slots=slots, max_context=4096, cache_gib=0.1 if quick else slots * 22 / 512)
 
 
-def _model(quick: bool, device: str) -> Any:
-    import transformers
-
-    config = transformers.Qwen2Config(**(SMALL if quick else BIG))
-    torch.manual_seed(0)
-    with torch.device(device):
-        dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+def _start(seconds: dict[str, float], shape: str) -> Iterator[dict[str, Any]]:
+    total = sum(seconds.values()) - seconds["random weights of the trainer"]
+    met = bool(total <= TARGETS["start"])
+    yield row("start: importing vLLM and the engine", shape, [total], target=f"≤ {TARGETS['start']:g} s", met=met)
+    for name, value in seconds.items():
+        yield row(f"start: {name}", shape, [value])
 
 
-def _lengths(g: np.random.Generator, dialogues: int, most: int) -> np.ndarray:
-    """[dialogues, turns] tokens of a turn."""
-    sigma = 0.6
-    drawn = g.lognormal(np.log(MEAN) - sigma**2 / 2, sigma, (dialogues, TURNS))
-    return np.clip(drawn, 1, most).astype(int)
+def _weights(engine: Any, model: Any, shape: str) -> Iterator[dict[str, Any]]:
+    """An update of every weight until the engine has it, and the memory of both models' weights beyond one copy."""
+    update = [_timed(lambda: _update(engine, model)) for _ in range(5)]
+    met = bool(np.median(update) <= TARGETS["update"])
+    copied = 0 if engine.shares else sum(p.nbytes for p in model.parameters())
+    yield row("an update until the engine has it", shape, update, target=f"≤ {TARGETS['update']} s", met=met,
+              extra_gib=engine.extra_weight_bytes() / GIB, bytes_copied=copied)
 
 
-async def _talk(engine: Any, prompts: list[list[list[int]]], lengths: np.ndarray) -> None:
-    """All dialogues at once, each turn as soon as the one before it is there."""
+def _error(engine: Any, model: Any) -> float:
+    """Mean |Δ log-prob| between the engine and the trainer's own forward pass, over 8 sequences of 32 sampled tokens."""
+    g = np.random.default_rng(1)
+    prompts = g.integers(0, model.config.vocab_size, (8, 40)).tolist()
 
-    async def one(number: int) -> None:
-        tokens = list(prompts[number][0])
-        for turn in range(TURNS):
-            result = await engine.generate(tokens, Sampling(int(lengths[number, turn]), seed=number))
-            if len(result.tokens) != lengths[number, turn]:
-                raise RuntimeError(f"a turn has {len(result.tokens)} tokens: {result.error}")
-            tokens += [*result.tokens, *prompts[number][min(turn + 1, TURNS - 1)][:BETWEEN]]
+    async def sampled() -> list[Generation]:
+        return list(await asyncio.gather(*(engine.generate(p, Sampling(32, seed=n)) for n, p in enumerate(prompts))))
 
-    await asyncio.gather(*(one(n) for n in range(len(prompts))))
+    results = asyncio.run(sampled())
+    tokens = torch.tensor([[*p, *r.tokens] for p, r in zip(prompts, results, strict=True)], device=model.device)
+    with torch.inference_mode():
+        logits = model(tokens).logits[:, 39:-1].float()
+        logps = logits.log_softmax(-1).gather(-1, tokens[:, 40:, None])[..., 0]
+    return float((logps - torch.tensor([r.logps for r in results], device=model.device)).abs().mean())
+
+
+def _idle_share(engine: Any, load: Load, steps: int = 60) -> float:
+    """Of the time of some steps with all slots in use, the share in which no kernel and no copy ran on the GPU."""
+    from torch.profiler import ProfilerActivity, profile
+
+    engine.weights_changed()
+
+    async def some_steps() -> Any:
+        task = asyncio.create_task(talk(engine, load))
+        await _steps(engine, 150)
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            await _steps(engine, steps)
+            torch.cuda.synchronize()
+        task.cancel()
+        return seen.profiler.kineto_results.events()
+
+    try:
+        events = asyncio.run(some_steps())
+    except asyncio.CancelledError:  # the dialogues were
+        return float("nan")
+    spans = sorted(
+        (e.start_ns(), e.start_ns() + e.duration_ns())
+        for e in events
+        if e.device_type() == torch.autograd.DeviceType.CUDA
+    )
+    busy, end = 0, spans[0][0]
+    for first, last in spans:
+        busy += max(0, last - max(first, end))
+        end = max(end, last)
+    return 1 - busy / (end - spans[0][0])
+
+
+async def _steps(engine: Any, number: int) -> None:
+    goal = engine.stats().steps + number
+    while engine.stats().steps < goal:
+        await asyncio.sleep(0)
 
 
 def _update(engine: Any, model: Any) -> None:
@@ -150,22 +175,63 @@ def _update(engine: Any, model: Any) -> None:
     engine.weights_changed()
 
 
-def _plain(
-    model: Any, prompts: list[list[list[int]]], lengths: np.ndarray, times: int, quick: bool, device: str
-) -> list[float]:
+def _plain(model: Any, load: Load, times: int, quick: bool, device: str) -> list[float]:
     """Seconds of vLLM by itself for as many turns and tokens."""
     from ilr_fast.engines.vllm_core import plain_llm
 
     with tempfile.TemporaryDirectory() as folder:
-        llm, parameters = plain_llm(model, _options(quick, len(prompts)), folder, torch.device(device))
-        inputs = [{"prompt_token_ids": prompt} for dialogue in prompts for prompt in dialogue]
-        limits = [parameters(int(n)) for n in lengths.flatten()]
-        llm.generate(inputs, [parameters(8)] * len(inputs), use_tqdm=False)
+        llm, parameters = plain_llm(model, _options(quick, load.in_flight), folder, torch.device(device))
+        inputs = [{"prompt_token_ids": prompt} for dialogue in load.prompts for prompt in dialogue]
+        limits = [parameters(int(n)) for n in load.lengths.flatten()]
+        llm.generate(inputs[: load.in_flight], [parameters(8)] * load.in_flight, use_tqdm=False)
         found = []
         for _ in range(times):
             llm.reset_prefix_cache()
             found.append(_timed(lambda: llm.generate(inputs, limits, use_tqdm=False)))
     return found
+
+
+def _two_agents(
+    engine: Any, model: Any, load: Load, rounds: int, quick: bool, device: str
+) -> Iterator[dict[str, Any]]:
+    """Two engines of one process on one GPU, driven by one event loop: together, and one after the other."""
+    shape = f"Qwen2 1.5B and Llama 1B, {len(load.prompts)} dialogues of {TURNS} turns each"
+    seconds: dict[str, float] = {}
+    other, other_model = _started(seconds, "llama", load.in_flight, quick, device)
+    vocabulary = other_model.config.vocab_size
+    loads = {engine: load, other: Load.drawn(vocabulary, len(load.prompts), load.in_flight, 12 if quick else 512)}
+    asyncio.run(talk(other, loads[other].cut(load.in_flight, 8)))
+
+    async def together() -> None:
+        await asyncio.gather(*(talk(one, work) for one, work in loads.items()))
+
+    def in_turn() -> None:
+        for one, work in loads.items():
+            asyncio.run(talk(one, work))
+
+    def fresh() -> None:
+        for one in loads:
+            one.weights_changed()
+
+    alone, both = [], []
+    for _ in range(rounds):
+        fresh()
+        alone.append(_timed(in_turn))
+        fresh()
+        both.append(_timed(lambda: asyncio.run(together())))
+    tokens = sum(work.generated for work in loads.values())
+    errors = max(_error(engine, model), _error(other, other_model))
+    yield row("one agent after the other", shape, alone, **_speed(alone, tokens))
+    yield row("both at the same time", shape, both, error=errors, **_speed(both, tokens))
+    yield _ratio("both beside one after the other", shape, alone, both, TARGETS["agents"])
+    yield row("start: a second engine", shape, [seconds["the engine"]])
+
+
+def _ratio(variant: str, shape: str, theirs: list[float], ours: list[float], target: float) -> dict[str, Any]:
+    """Tokens/s of `ours` over those of `theirs`, for the same tokens."""
+    ratio = float(np.median(theirs) / np.median(ours))
+    return row(variant, shape, ours, limit_seconds=float(np.median(theirs)), ratio=ratio, met=ratio >= target,
+               target=f"{ratio:.3f} × its tokens/s, wanted ≥ {target:g}")
 
 
 def _timed(work: Callable[[], Any], engine: Any = None) -> float:
@@ -189,9 +255,3 @@ def _part(seconds: dict[str, float], name: str, work: Callable[[], Any]) -> Any:
 
 def _speed(seconds: list[float], tokens: int) -> dict[str, float]:
     return {"tokens_per_second": tokens / float(np.median(seconds))}
-
-
-def _met(ours: list[float], limit: float | None) -> dict[str, Any]:
-    if limit is None:
-        return {}
-    return {"target": "≥ 0.95 of its tokens/s", "met": bool(np.median(ours) <= TARGETS["dialogues"] * limit)}

@@ -64,6 +64,9 @@ class EngineConfig:
     cache_gib: float | None = key(
         None, "vllm: GiB for keys and values; null: enough for all slots, at most a quarter of free memory.", low=0
     )
+    tokens_in_flight: int | None = key(
+        None, "vllm: tokens of prompts and generations that run at once; null: what the cache holds.", low=1
+    )
     fast_start: bool = key(True, "vllm: no compilation and few CUDA graphs; false: slower to start, faster after.")
 
 

@@ -91,7 +91,7 @@ def _engine(agent: AgentConfig, path: str) -> Iterator[Finding]:
         f"{path}.device",
         "use `cuda`, and CUDA_VISIBLE_DEVICES to choose the device",
     )
-    for key in ("weights", "cache_gib", "fast_start"):
+    for key in ("weights", "cache_gib", "tokens_in_flight", "fast_start"):
         given = getattr(engine, key) != getattr(plain, key)
         yield not vllm and given, "a setting of vLLM's", f"{path}.engine.{key}", "set `engine.name: vllm`, or remove it"
 

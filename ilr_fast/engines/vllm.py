@@ -101,6 +101,12 @@ class VllmEngine:
         """Memory held for keys and values."""
         return self._core.cache_bytes
 
+    def extra_weight_bytes(self) -> int:
+        """Memory of the engine's weights that is not the trainer's too (padding, where they are shared)."""
+        storages = [p.untyped_storage() for p in (*self._model.parameters(), *self._core.model.parameters())]
+        held = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        return sum(held.values()) - sum(p.nbytes for p in self._model.parameters())
+
     def weights_changed(self) -> None:
         """Brings changed weights to the engine and drops its prefix cache; running requests go on with the new ones."""
         if self._copy is None:

@@ -107,8 +107,7 @@ def open_core(model: Any, options: CoreOptions, where: str, device: torch.device
                 client = InprocClient(config, Executor.get_class(config), log_stats=False)
         except (ValueError, torch.OutOfMemoryError, RuntimeError) as error:
             raise _explained(error, model, where) from error
-    if finalizer := getattr(client, "_finalizer", None):
-        finalizer.detach()  # it would end the other cores with this one
+    _live_on(client)
     _open.add(id(client))
     worker = client.engine_core.model_executor.driver_worker
     return Core(client, worker.get_model(), context, cache, cache // _bytes_per_token(model))
@@ -137,11 +136,18 @@ def plain_llm(model: Any, options: CoreOptions, folder: str, device: torch.devic
     arguments["scheduling_policy"] = "fcfs"
     with _process_kept_as_it_is():
         llm = LLM(model=folder, **arguments)
+    _live_on(llm.llm_engine.engine_core)
 
     def parameters(tokens: int) -> Any:
         return SamplingParams(max_tokens=tokens, ignore_eos=True, logprobs=0, detokenize=False)
 
     return llm, parameters
+
+
+def _live_on(client: Any) -> None:
+    """The end of a client would end the process's other cores with it."""
+    if finalizer := getattr(client, "_finalizer", None):
+        finalizer.detach()
 
 
 def _arguments(model: Any, options: CoreOptions, context: int, cache: int, device: torch.device) -> dict[str, Any]:

@@ -127,6 +127,7 @@ def _with_vllm(name: str, agent: AgentConfig, config: Config, chat: ChatFormat) 
         slots=agent.engine.slots,
         max_context=agent.engine.max_context,
         cache_gib=agent.engine.cache_gib,
+        tokens_in_flight=agent.engine.tokens_in_flight,
         fast_start=agent.engine.fast_start,
         seed=config.seed,
     )
