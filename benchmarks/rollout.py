@@ -4,7 +4,7 @@
 
 Models with random weights, of Qwen2's 1.5B and Llama 3.2's 1B shape. Every dialogue has a prompt of 200 tokens and
 three turns of forced length, log-normal with mean 200, at most 512, from a fixed seed; before the second and third turn
-it is given 60 tokens more. 512 of 1,024 dialogues are in flight. Beside them, in the same process and with the same slots:
+it is given 60 tokens more. 512 of 1,024 dialogues are in flight. Beside them, in the same process with the same slots:
 
 - plain `LLM.generate` of as many turns and tokens, each after a prompt of 200 tokens, in one call;
 - the same dialogues stage by stage in batches of 512, with a barrier after each stage;
