@@ -2,42 +2,50 @@
 
 | method | differs from the config in |
 |---|---|
-| `base`, `base_few_shot` | nothing is trained; measured by the first run below |
+| `base`, `base_few_shot` | nothing is trained; measured by the first run of each seed |
 | `ilr` | Idea3, dynamic interaction, calibrated |
 | `ilr_di` | dynamic interaction alone: not calibrated |
 | `ilr_pc` | calibration alone: the neutral instruction |
-| `ilr_ratio_0`, `ilr_ratio_0.5`, `ilr_ratio_1` | a fixed share of cooperation, drawn by seed |
+| `ilr_neither` | Idea3 alone: not calibrated, the neutral instruction |
+| `ilr_ratio_R` | a fixed share R of cooperation (0 to 1), drawn by seed |
 | `grpo` | each trained agent alone in a run of its own, with as many sampled turns: G × those of a dialogue *(ours)* |
+| `grpo_peer` | the peers' solutions are shown but not rewarded: each trained agent in a run of its own, in Idea3 with the neutral instruction, not calibrated, `stage_reward: own`, its peers frozen *(ours)* |
 
-Each stands in its own folder below `<run>-ablation`; what is finished is skipped and what was cut off goes on when the
-command is given again. The report over all is written beside them.
+An agent samples as many turns under the same limits in each, and the table states the tokens that came of it. Each
+variant stands in its own folder below `<run>-ablation`; what is finished is skipped and what was cut off goes on when
+the command is given again. The report over all is written beside them, and `ablation.json` (ablate_summary.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 
+from ilr_fast.ablate_jobs import run_side_by_side
+from ilr_fast.ablate_summary import summarise
 from ilr_fast.config import Config
 from ilr_fast.config_check import check
 from ilr_fast.config_parse import load_config
-from ilr_fast.errors import UserError
+from ilr_fast.errors import RunError, UserError, nearest
 from ilr_fast.evaluate import method_of
 from ilr_fast.protocols import load_protocol
 from ilr_fast.report import report
 from ilr_fast.report.runs import read_run
 from ilr_fast.runfolder import fingerprint
 
-RATIOS = (0.0, 0.5, 1.0)
+RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)
+RATIO = "ilr_ratio_"
+METHODS = ("ilr", "ilr_di", "ilr_pc", *(f"{RATIO}{ratio:g}" for ratio in RATIOS), "grpo", "grpo_peer")
+KNOWN = (*METHODS, "ilr_neither")
 Train = Callable[..., Path]  # train(config, *, command) -> run folder
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One run of the ablation; `name` is its folder's."""
+    """One run of the ablation; `name` is its folder's, without the seed."""
 
     name: str
     config: Config
@@ -48,35 +56,74 @@ class Variant:
         return method_of(self.config)
 
 
-def ablate(config: Config, train: Train, *, command: str = "ilr-fast ablate", console: Console | None = None) -> Path:
-    """Trains every variant that is not finished, one after the other, and returns the path of the report over all.
+def ablate(
+    config: Config,
+    train: Train,
+    *,
+    methods: Sequence[str] = METHODS,
+    seeds: Sequence[int] = (),
+    jobs: int = 1,
+    command: str = "ilr-fast ablate",
+    console: Console | None = None,
+) -> Path:
+    """Trains every variant that is not finished and returns the path of the report over all.
 
-    `train(config, command=…)` makes or goes on with one run. Raises UserError for a config with a single agent, and for
-    a folder that holds another config's ablation, before anything is trained.
+    Args:
+        train: `train(config, command=…)` makes or goes on with one run; used where `jobs` is 1.
+        methods: which of the module's table, or `ilr_ratio_R` for another R; `base` comes with each.
+        seeds: a run of every variant for each; none: the config's own.
+        jobs: so many variants train at a time, each in a process of its own.
+    Raises UserError for a config with a single agent, an unknown method, and a folder that holds another config's
+    ablation, before anything is trained; RunError where variants failed, after the others are done.
     """
     console = console or Console()
-    todo = variants(config)
+    todo = variants(config, methods, seeds)
     for variant in todo:
-        check(variant.config, f"ablation {variant.name}")
+        check(variant.config, f"ablation {variant.config.run}")
         _check_folder(variant)
+    left = []
     for number, variant in enumerate(todo, 1):
         done = is_finished(variant)
-        console.print(f"ablation {number} of {len(todo)}: {variant.name}" + (", finished before" if done else ""),
-                      highlight=False, markup=False)
-        if not done:
+        if done or jobs == 1:
+            said = f"ablation {number} of {len(todo)}: {Path(variant.config.run).name}"
+            console.print(said + (", finished before" if done else ""), highlight=False, markup=False)
+        if not done and jobs == 1:
             train(variant.config, command=command)
+        elif not done:
+            left.append(variant.config)
+    failed = run_side_by_side(left, jobs, folder_of(config), console) if left else []
+    summarise(folder_of(config), command=command, console=console)
+    if failed:
+        raise RunError(f"{folder_of(config)}: {len(failed)} of {len(todo)} variants failed: {', '.join(failed)}\n"
+                       "  → read logs/NAME.log there, and give the command again: it goes on with what is not finished")
     return report([Path(v.config.run) for v in todo], out=folder_of(config) / "report.html", console=console)
 
 
-def variants(config: Config) -> list[Variant]:
-    """The runs of an ablation, `ilr` first. UserError where there is nobody to talk to."""
+def variants(config: Config, methods: Sequence[str] = METHODS, seeds: Sequence[int] = ()) -> list[Variant]:
+    """The runs of an ablation, seed by seed, the methods in the order given. UserError for what can't be run.
+
+    The base models are measured by the first run of each seed alone: they are the same for all.
+    """
     if len(config.agents) < 2:
         raise UserError("an ablation of learning from one another with a single agent", "agents",
                         "add an agent, or use `ilr-fast train` with `protocol: single`")
+    methods = [method for method in methods if method != "base"]
+    for given, option in ((methods, "--methods"), (seeds, "--seeds")):
+        if len(set(given)) < len(given):
+            raise UserError(f"one stands twice in {', '.join(map(str, given))}", option, "name each once")
     made = []
-    for number, (name, changed) in enumerate(_changes(config)):
-        evaluation = changed.evaluate if number == 0 else replace(changed.evaluate, few_shot=[])
-        made.append(Variant(name, replace(changed, run=str(folder_of(config) / name), evaluate=evaluation)))
+    for seed in seeds or (config.seed,):
+        seeded = replace(config, seed=seed)
+        measured: set[str] = set()
+        for method in methods:
+            for name, changed in _variant(seeded, method):
+                new = set(changed.agents) - measured  # the models are the same in all: measured once
+                measured |= new
+                evaluation = replace(changed.evaluate, base=bool(new), few_shot=changed.evaluate.few_shot if new else [])
+                folder = folder_of(config) / (f"{name}-seed{seed}" if seeds else name)
+                made.append(Variant(name, replace(changed, run=str(folder), evaluate=evaluation)))
+    if not made:
+        raise UserError("no method is named", "--methods", f"name one of {', '.join(KNOWN)}")
     return made
 
 
@@ -97,18 +144,39 @@ def is_finished(variant: Variant) -> bool:
     return run.steps_done >= variant.config.steps and trained <= measured
 
 
-def _changes(config: Config) -> Iterator[tuple[str, Config]]:
+def _variant(config: Config, method: str) -> Iterator[tuple[str, Config]]:
+    """The runs of one method: (folder's name, config)."""
     calibrate = "reward" if config.credit.calibrate == "none" else config.credit.calibrate
     credit = replace(config.credit, calibrate=calibrate)
     ilr = replace(config, protocol="idea3", interaction="dynamic", credit=credit)
-    yield "ilr", ilr
-    yield "ilr_di", replace(ilr, credit=replace(credit, calibrate="none"))
-    yield "ilr_pc", replace(ilr, interaction="none")
-    for ratio in RATIOS:
-        yield f"ilr_ratio_{ratio:g}", replace(ilr, interaction="ratio", cooperation_ratio=ratio)
-    for name, agent in config.agents.items():
-        if agent.train != "none":
-            yield f"grpo-{name}", _alone(ilr, name)
+    alone = replace(credit, calibrate="none")
+    if method == "ilr":
+        yield method, ilr
+    elif method == "ilr_di":
+        yield method, replace(ilr, credit=alone)
+    elif method == "ilr_pc":
+        yield method, replace(ilr, interaction="none")
+    elif method == "ilr_neither":
+        yield method, replace(ilr, interaction="none", credit=alone)
+    elif method.startswith(RATIO):
+        yield method, replace(ilr, interaction="ratio", cooperation_ratio=_ratio(method))
+    elif method in ("grpo", "grpo_peer"):
+        for name, agent in config.agents.items():
+            if agent.train != "none":
+                yield f"{method}-{name}", (_alone if method == "grpo" else _before_frozen_peers)(ilr, name)
+    else:
+        raise UserError(f"no method is called {method!r}", "--methods", nearest(method, KNOWN))
+
+
+def _ratio(method: str) -> float:
+    text = method.removeprefix(RATIO)
+    try:
+        ratio = float(text)
+    except ValueError:
+        ratio = -1.0
+    if not 0 <= ratio <= 1:
+        raise UserError(f"{text!r} is no share of cooperation", f"--methods {method}", "use 0 to 1")
+    return ratio
 
 
 def _alone(config: Config, name: str) -> Config:
@@ -122,6 +190,18 @@ def _alone(config: Config, name: str) -> Config:
         rollout=replace(config.rollout, samples=config.rollout.samples * turns),
         credit=replace(config.credit, calibrate="none"),
         evaluate=replace(config.evaluate, modes=["single"]),
+    )
+
+
+def _before_frozen_peers(config: Config, name: str) -> Config:
+    """One agent learns from its own rewards alone while its peers, as they are, show their solutions."""
+    agents = {other: agent if other == name else replace(agent, train="none") for other, agent in config.agents.items()}
+    return replace(
+        config,
+        interaction="none",
+        agents=agents,
+        reward=replace(config.reward, stage_reward="own"),
+        credit=replace(config.credit, calibrate="none"),
     )
 
 

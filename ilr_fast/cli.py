@@ -164,12 +164,24 @@ def _show(options: argparse.Namespace) -> None:
     show(Path(options.run), step=options.step, question=options.question)
 
 
+def _add_ablate(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    parser.add_argument("--methods", default=None, help="which, by commas: ilr, ilr_di, ilr_pc, ilr_neither, "
+                        "ilr_ratio_R, grpo, grpo_peer; default: all but ilr_neither, R = 0, 0.25, 0.5, 0.75, 1")
+    parser.add_argument("--seeds", default=None, help="a run of each for every one of these seeds, by commas")
+    parser.add_argument("--jobs", type=int, default=1, help="so many runs at a time, each in a process (default 1)")
+
+
 def _ablate(options: argparse.Namespace) -> None:
-    from ilr_fast.ablate import ablate
+    from ilr_fast.ablate import METHODS, ablate
     from ilr_fast.config_parse import load_config
     from ilr_fast.train import train
 
-    ablate(load_config(options.config, options.overrides), train, command=_command_line())
+    methods = METHODS if options.methods is None else _list(options.methods)
+    seeds = [] if options.seeds is None else [_whole(seed, "--seeds") for seed in _list(options.seeds)]
+    config = load_config(options.config, options.overrides)
+    jobs = _whole(str(options.jobs), "--jobs", least=1)
+    ablate(config, train, methods=methods, seeds=seeds, jobs=jobs, command=_command_line())
 
 
 def _add_get_model(parser: argparse.ArgumentParser) -> None:
@@ -202,6 +214,12 @@ def _bench(options: argparse.Namespace) -> None:
           command=_command_line(), commit=options.commit, draw=not options.no_figures)
 
 
+def _whole(text: str, option: str, least: int = 0) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise UserError(f"{text!r} is no whole number of at least {least}", option, "give such a number")
+    return int(text)
+
+
 def _list(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
@@ -216,7 +234,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Command, st
     "eval": (_add_eval, _eval, "accuracy of runs or models on benchmarks, with 95% intervals"),
     "report": (_add_runs, _report, "write report.html for one run or several"),
     "show": (_add_show, _show, "read a run's dialogues"),
-    "ablate": (_add_config, _ablate, "base, GRPO, ILR and its parts from one config"),
+    "ablate": (_add_ablate, _ablate, "base, GRPO, ILR and its parts from one config"),
     "bench": (_add_bench, _bench, "the kernels' benchmarks: errors first, then times beside the limit"),
     "get-model": (_add_get_model, _get_model, "a small real model as a Hugging Face folder"),
 }

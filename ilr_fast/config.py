@@ -216,13 +216,20 @@ class EvaluateConfig:
     temperature: float = key(0.7, "Temperature where samples > 1.", low=0.01)
     validation_limit: int = key(200, "Validation questions used for a checkpoint's score.", low=1)
     folder: str | None = key(None, "Folder of the benchmark files; null: the variable ILR_DATA, else the Hub.")
+    base: bool = key(True, "Measure the models before training too.")
+    benchmarks: list[str] = key(
+        [], "Measured before and after too, as out-of-distribution tests: names, files, Hub names or `task:NAME`."
+    )
+    benchmark_limit: int | None = key(None, "Only the first so many questions of each; null: all.", low=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointConfig:
     """What is kept of a run."""
 
-    every: int = key(10, "Steps between checkpoints.", low=1)
+    every: int | None = key(
+        10, "Steps between checkpoints, the last step included; null: only where the run is interrupted.", low=1
+    )
     keep: int = key(2, "The newest so many are kept, and the best.", low=1)
 
 
@@ -249,6 +256,7 @@ class Config:
     interaction: Literal["dynamic", "cooperation", "competition", "ratio", "none"] = key(
         "dynamic", "How agents face each question; `none`: the neutral instruction."
     )
+    method: str | None = key(None, "What its results are called; null: by its keys (ilr, ilr_di, grpo, …).")
     cooperation_ratio: float = key(0.5, "Share of cooperation for `interaction: ratio`, drawn by seed.", low=0, high=1)
     max_failed_share: float = key(0.2, "Past this share of failed dialogues or grades the run stops.", low=0, high=1)
     agents: dict[str, AgentConfig] = key({}, "The agents, by name.")

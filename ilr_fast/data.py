@@ -90,8 +90,10 @@ def load_splits(config: DataConfig, seed: int) -> dict[str, list[Question]]:
     return {part: splits[part] for part in _PARTS}
 
 
-def check_disjoint(splits: Mapping[str, Sequence[Question]]) -> None:
-    """UserError naming two rows, if two splits share an id, a text (but for case and spaces) or a canonical form."""
+def check_disjoint(splits: Mapping[str, Sequence[Question]], where: str | None = None) -> None:
+    """UserError naming two rows, if two splits share an id, a text (but for case and spaces) or a canonical form.
+
+    `where` names the config key; None: that of the second split."""
     owner: dict[tuple[str, str], tuple[str, str]] = {}
     for split, questions in splits.items():
         for question in questions:
@@ -102,7 +104,7 @@ def check_disjoint(splits: Mapping[str, Sequence[Question]]) -> None:
                 other, other_id = owner.setdefault((kind, value), (split, question.id))
                 if other != split:
                     what = f"{question.id!r} of {split} and {other_id!r} of {other} have the same {kind}"
-                    raise UserError(what, f"data.{split}", "take one out: held-out problems must not be trained on")
+                    raise UserError(what, where or f"data.{split}", "take one out: held-out problems must not be trained on")
 
 
 class QuestionStream:

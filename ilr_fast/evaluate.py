@@ -27,7 +27,7 @@ from ilr_fast.durable import disk_errors, write_text
 from ilr_fast.errors import UserError, nearest
 from ilr_fast.protocols import load_protocol
 from ilr_fast.protocols.templates import Prompts, load_prompts
-from ilr_fast.rewards import Grader
+from ilr_fast.rewards import Grader, make_grader
 from ilr_fast.rollout import DialogueJob, Seat, run_dialogues
 from ilr_fast.runfolder import write_results
 from ilr_fast.statistics import accuracy_interval
@@ -150,6 +150,14 @@ def evaluate_base(
     return Evaluation(_with_best(found.rows), found.per_question)
 
 
+def open_grader(config: Config) -> Grader:
+    """The grader of a config, with its verifier processes."""
+    reward = config.reward
+    return make_grader(
+        reward.name, format_weight=reward.format_weight, time_limit=reward.time_limit, workers=reward.workers
+    )
+
+
 def few_shot_examples(questions: Sequence[Question], count: int, seed: int, prompts: Prompts) -> list[Message]:
     """`count` training questions as worked examples, drawn by seed; fewer are the first of more.
 
@@ -176,9 +184,14 @@ def record(folder: Path, found: Evaluation) -> None:
 
 def method_of(config: Config) -> str:
     """What a run's trained agents are called in results (ILR.md, section 5)."""
+    if config.method is not None:
+        return config.method
     if config.protocol == "single":
         return "grpo"
     calibrated = config.credit.calibrate != "none"
+    learning = sum(agent.train != "none" for agent in config.agents.values())
+    if config.interaction == "none" and not calibrated and learning == 1 < len(config.agents):
+        return "grpo_peer"
     prefix = "ilr" if config.protocol == "idea3" else re.sub(r"\W+", "_", config.protocol.rsplit(":", 1)[-1])
     ratios = {"cooperation": 1.0, "competition": 0.0, "ratio": config.cooperation_ratio}
     if config.interaction in ratios:

@@ -19,17 +19,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ilr_fast.benchmark_sets import BENCHMARKS, load_benchmark
 from ilr_fast.config import Config
-from ilr_fast.data import load_questions, load_splits
 from ilr_fast.errors import UserError, nearest
-from ilr_fast.evaluate import MODES, Evaluation, evaluate_agents, few_shot_examples, record
-from ilr_fast.evaluate_targets import Target, has_data, read_targets, together
-from ilr_fast.protocols.templates import load_prompts
+from ilr_fast.evaluate import MODES, Evaluation, evaluate_agents, open_grader, record
+from ilr_fast.evaluate_papers import Paper, paper
+from ilr_fast.evaluate_targets import Target, read_targets, together
 from ilr_fast.report.terminal import print_rows
-from ilr_fast.session import open_grader
 from ilr_fast.team import Team, open_team, prepare_chats
-from ilr_fast.types import Message, Question
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +38,6 @@ class Seating:
     config: Config
     modes: Sequence[str]
     members: Mapping[str, tuple[Target, str, str]]
-
-
-@dataclass(frozen=True, slots=True)
-class Paper:
-    """One benchmark for one seating: its questions, the worked examples before them, the config with its reward."""
-
-    benchmark: str
-    questions: Sequence[Question]
-    examples: Sequence[Message]
-    config: Config
 
 
 def evaluate_command(
@@ -74,14 +60,14 @@ def evaluate_command(
     _check(targets, benchmarks, modes, samples, limit)
     found = read_targets(targets, overrides)
     seatings = list(_seatings(found, modes))
-    papers = [[_paper(name, seating.config, limit) for name in benchmarks] for seating in seatings]
+    papers = [[paper(name, seating.config, limit) for name in benchmarks] for seating in seatings]
     chats = [prepare_chats(seating.config) for seating in seatings]
     rows: list[Mapping[str, Any]] = []
     with _bars(console) as progress:
         for seating, exam, formats in zip(seatings, papers, chats, strict=True):
             with open_team(seating.config, formats) as team:
-                for paper in exam:
-                    result = _measure(team, paper, seating, samples, progress)
+                for one in exam:
+                    result = _measure(team, one, seating, samples, progress)
                     _record(result, seating, out)
                     rows += _renamed(result, {name: shown for name, (_, _, shown) in seating.members.items()}).rows
     print_rows(console, rows)
@@ -119,29 +105,6 @@ def _seatings(targets: Sequence[Target], modes: Sequence[str]) -> Iterator[Seati
     shared = [mode for mode in modes if mode != "single"]
     if len(targets) > 1 and shared:
         yield Seating(everybody, shared, {name: (owner, agent, name) for name, (owner, agent) in members.items()})
-
-
-def _paper(name: str, config: Config, limit: int | None) -> Paper:
-    """A benchmark's questions; the run's worked examples too, where the benchmark asks for the same form of answer."""
-    reward = config.reward.name
-    if name == "test":
-        if not has_data(config):
-            raise UserError("`test` are a run's held-out questions, and no run is named", "--benchmarks",
-                            "name a benchmark or a JSONL file")
-        questions = load_splits(config.data, config.seed)["test"][:limit]
-    elif name in BENCHMARKS:
-        questions, reward = load_benchmark(name, folder=config.evaluate.folder, limit=limit), BENCHMARKS[name].reward
-    else:
-        questions = load_questions(name, limit=limit, split="test", where=f"--benchmarks {name}")
-    examples: Sequence[Message] = ()
-    if reward == config.reward.name and has_data(config) and config.prompts.examples:
-        train = load_splits(config.data, config.seed)["train"]
-        prompts = load_prompts(config.prompts.file, reward)
-        examples = few_shot_examples(train, config.prompts.examples, config.seed, prompts)
-    config = replace(config, reward=replace(config.reward, name=reward))
-    open_grader(config).close()
-    label = name if limit is None else f"{name}[:{limit}]"  # so that it never stands for the whole
-    return Paper(label, questions, examples, config)
 
 
 def _measure(team: Team, paper: Paper, seating: Seating, samples: int, progress: Any) -> Evaluation:

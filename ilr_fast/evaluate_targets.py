@@ -18,9 +18,8 @@ from ilr_fast.config_parse import load_config
 from ilr_fast.config_yaml import dump_yaml, read_yaml
 from ilr_fast.errors import UserError
 from ilr_fast.evaluate import method_of
+from ilr_fast.evaluate_papers import NO_DATA
 from ilr_fast.models import resolve_model
-
-NO_DATA = "none"  # stands where a run's config names its questions
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +49,6 @@ def read_targets(names: Sequence[str], overrides: Sequence[str]) -> list[Target]
 def is_run(path: Path) -> bool:
     """Whether a path is a run folder (a model's folder has a config.json)."""
     return (path / "config.yaml").is_file()
-
-
-def has_data(config: Config) -> bool:
-    """Whether the config is a run's, with questions of its own."""
-    return config.data.test != NO_DATA
 
 
 def together(targets: Sequence[Target]) -> tuple[Config, dict[str, tuple[Target, str]]]:

@@ -6,7 +6,7 @@ What has been measured stands in the run folder's results.json, so that a run wh
 from __future__ import annotations
 
 from ilr_fast.alone import answer_alone
-from ilr_fast.evaluate import evaluate_agents, evaluate_base, method_of, record
+from ilr_fast.evaluate import evaluate_agents, evaluate_base, method_of, open_grader, record
 from ilr_fast.protocols import load_protocol
 from ilr_fast.runfolder import read_results
 from ilr_fast.session import Session
@@ -14,6 +14,12 @@ from ilr_fast.session import Session
 
 def measure_base(session: Session) -> None:
     """The models before training, with the run's prompt and with worked examples (`evaluate.few_shot`)."""
+    if session.config.evaluate.base:
+        _measure_base(session)
+        _measure_benchmarks(session, "base", None)
+
+
+def _measure_base(session: Session) -> None:
     wanted = {("base", None), *(("base_few_shot", count) for count in session.config.evaluate.few_shot)}
     if wanted <= _measured(session):
         return
@@ -37,6 +43,23 @@ def measure_after(session: Session) -> None:
         seed=config.seed, checkpoint=f"step_{config.steps:06d}", progress=session.progress,
     )  # fmt: skip
     record(session.folder.path, found)
+    _measure_benchmarks(session, method, f"step_{config.steps:06d}")
+
+
+def _measure_benchmarks(session: Session, method: str, checkpoint: str | None) -> None:
+    """The agents on `evaluate.benchmarks`, which training does not see; those with rows already are left out."""
+    measured = {(row["benchmark"], row["method"], row.get("checkpoint")) for row in read_results(session.folder.path)}
+    for one in session.ready.benchmarks:
+        if (one.benchmark, method, checkpoint) in measured:
+            continue
+        session.team.forget()
+        with open_grader(one.config) as grader:
+            found = evaluate_agents(
+                session.team.seats, one.questions, grader, config=one.config, benchmark=one.benchmark, method=method,
+                modes=session.config.evaluate.modes, samples=session.config.evaluate.samples, examples=one.examples,
+                seed=session.config.seed, checkpoint=checkpoint, progress=session.progress,
+            )  # fmt: skip
+        record(session.folder.path, found)
 
 
 def validate(session: Session) -> dict[str, float]:

@@ -30,7 +30,7 @@ from ilr_fast.errors import UserError
 from ilr_fast.types import Credited
 
 MAY_DIFFER = (
-    "run", "steps", "threads", "max_failed_share", "checkpoint.*", "log.*", "evaluate.*", "reward.workers",
+    "run", "steps", "method", "threads", "max_failed_share", "checkpoint.*", "log.*", "evaluate.*", "reward.workers",
     "agents.*.device", "agents.*.host", "agents.*.engine.slots", "agents.*.micro_batch_tokens",
     "agents.*.gradient_checkpointing",
 )  # fmt: skip

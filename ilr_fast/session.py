@@ -11,14 +11,15 @@ from dataclasses import dataclass
 
 from ilr_fast.chat import ChatFormat
 from ilr_fast.config import Config
-from ilr_fast.data import load_splits
+from ilr_fast.data import check_disjoint, load_splits
 from ilr_fast.errors import UserError
-from ilr_fast.evaluate import few_shot_examples
+from ilr_fast.evaluate import few_shot_examples, open_grader
+from ilr_fast.evaluate_papers import Paper, paper
 from ilr_fast.metrics import check_trackers
 from ilr_fast.progress import Progress
 from ilr_fast.protocols import DialogueProtocol, load_protocol
 from ilr_fast.protocols.templates import load_prompts
-from ilr_fast.rewards import Grader, make_grader
+from ilr_fast.rewards import Grader
 from ilr_fast.rollout import check_context
 from ilr_fast.runfolder import RunFolder
 from ilr_fast.team import Team, open_team, prepare_chats
@@ -34,6 +35,7 @@ class Ready:
     chats: Mapping[str, ChatFormat]
     protocol: DialogueProtocol
     examples: Sequence[Message]
+    benchmarks: Sequence[Paper] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +52,6 @@ class Session:
     def config(self) -> Config:
         """The run's config."""
         return self.ready.config
-
-
-def open_grader(config: Config) -> Grader:
-    """The grader of a config, with its verifier processes."""
-    reward = config.reward
-    return make_grader(
-        reward.name, format_weight=reward.format_weight, time_limit=reward.time_limit, workers=reward.workers
-    )
 
 
 def prepare(config: Config) -> Ready:
@@ -77,7 +71,17 @@ def prepare(config: Config) -> Ready:
     examples = few_shot_examples(splits["train"], config.prompts.examples, config.seed, prompts)
     for name, chat in chats.items():
         check_context(splits, protocol, chat, config, name, examples)
-    return Ready(config, splits, chats, protocol, examples)
+    return Ready(config, splits, chats, protocol, examples, _benchmarks(config, splits))
+
+
+def _benchmarks(config: Config, splits: Mapping[str, Sequence[Question]]) -> list[Paper]:
+    """`evaluate.benchmarks`, none of whose questions may be trained on."""
+    found = []
+    for name in config.evaluate.benchmarks:
+        where = f"evaluate.benchmarks: {name}"
+        found.append(paper(name, config, config.evaluate.benchmark_limit, where=where))
+        check_disjoint({"train": splits["train"], name: found[-1].questions}, where)
+    return found
 
 
 @contextmanager

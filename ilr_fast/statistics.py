@@ -8,6 +8,7 @@
   the Laplace-adjusted Wald interval of Bonett and Price (2012, J. Educ. Behav. Stat. 37), which Fagerland, Lydersen and
   Laake (2014, Stat. Med. 33) recommend: p₁ = (b+1)/(n+2), p₂ = (c+1)/(n+2),
   p₁ − p₂ ± z·√((p₁ + p₂ − (p₁ − p₂)²)/(n+2)). Several answers: bootstrap over the questions' differences.
+- Several runs (seeds): seeds are resampled, and questions within each (statistics_runs.py).
 
 >>> wilson(77, 200)
 (0.32033309726923215, 0.45400132779753916)
@@ -37,6 +38,11 @@ class PairedDifference:
     def beats(self) -> bool:
         """Whether the first method is better and its interval lies above 0."""
         return self.ci95[0] > 0
+
+    @property
+    def verdict(self) -> str:
+        """`better`, `worse`, or `none` where the interval holds 0: then no difference was seen."""
+        return "better" if self.ci95[0] > 0 else "worse" if self.ci95[1] < 0 else "none"
 
 
 def wilson(correct: int, n: int, z: float = Z95) -> Interval | None:

@@ -59,6 +59,7 @@ def _agent(
         **{key: result.metrics.get(key) for key in AGENT_KEYS},
         "skipped": result.skipped,
         "memory_peak_gib": after.get("memory_peak_gib"),
+        "tokens_generated": int(generated),
         "tokens_per_second": generated / seconds if seconds > 0 else None,
         "validation_accuracy": None,
     }

@@ -8,7 +8,7 @@
 
 In a module of your own it is the source `task:my_module:doubles`, its arguments are `data.task_options`. Ids, splits
 and repetitions are looked after here: training, validation and test come from seeds of their own and share no problem,
-not even in another order. `task:largest`, `task:sums` and `task:reasoning_gym:NAME` are there already.
+not even in another order. `task:largest`, `task:smallest`, `task:sums` and `task:reasoning_gym:NAME` are there already.
 """
 
 from __future__ import annotations
@@ -44,15 +44,23 @@ def problem(text: str, answer: str, *, canonical: str | None = None, **metadata:
     return Question("", text, answer, solution=answer, canonical=canonical or _in_any_order(text), metadata=metadata)
 
 
-def largest(seed: int, *, numbers: int = 3, low: int = 10, high: int = 999) -> Iterator[Question]:
-    """Which number is the largest: 436, 760, 20?"""
-    if numbers < 2 or high - low + 1 < numbers:
-        raise ValueError(f"needs 2 or more different numbers of {low} to {high}, not {numbers}")
+def largest(
+    seed: int, *, numbers: int = 3, most: int | None = None, low: int = 10, high: int = 999
+) -> Iterator[Question]:
+    """Which number is the largest: 436, 760, 20?
+
+    With `most`, a problem has `numbers` to `most` numbers, drawn evenly; its level counts them from `numbers` = 1.
+    """
+    most = numbers if most is None else most
+    if numbers < 2 or most < numbers or high - low + 1 < most:
+        raise ValueError(f"needs 2 or more different numbers of {low} to {high}, not {numbers} to {most}")
     rng = random.Random(seed)
     while True:
-        drawn = rng.sample(range(low, high + 1), numbers)
+        count = numbers if most == numbers else rng.randint(numbers, most)
+        drawn = rng.sample(range(low, high + 1), count)
         text = f"Which number is the largest: {', '.join(map(str, drawn))}?"
-        yield problem(text, str(max(drawn)), canonical=f"largest {sorted(drawn)}")
+        made = problem(text, str(max(drawn)), canonical=f"largest {sorted(drawn)}")
+        yield made if most == numbers else replace(made, level=count - numbers + 1)
 
 
 def sums(seed: int, *, low: int = 1, high: int = 99) -> Iterator[Question]:
@@ -63,6 +71,17 @@ def sums(seed: int, *, low: int = 1, high: int = 99) -> Iterator[Question]:
     while True:
         a, b = rng.randint(low, high), rng.randint(low, high)
         yield problem(f"What is {a} + {b}?", str(a + b), canonical=f"sum {sorted((a, b))}")
+
+
+def smallest(
+    seed: int, *, numbers: int = 3, most: int | None = None, low: int = 10, high: int = 999
+) -> Iterator[Question]:
+    """Which number is the smallest: 436, 760, 20? `largest` asked the other way round: what transfers, what harms."""
+    for question in largest(seed, numbers=numbers, most=most, low=low, high=high):
+        text = question.text.replace("largest", "smallest")
+        answer = min(re.findall(r"\d+", text), key=int)
+        made = problem(text, answer, canonical=f"smallest {question.canonical}")
+        yield replace(made, level=question.level)
 
 
 def reasoning_gym(dataset: str, seed: int, **options: Any) -> Iterator[Question]:
@@ -111,7 +130,12 @@ def find_task(task: str, options: Mapping[str, Any]) -> Task:
     return _tried(functools.partial(function, **options), where)
 
 
-_BUILT_IN: dict[str, Task] = {"largest": largest, "sums": sums}
+_BUILT_IN: dict[str, Task] = {"largest": largest, "smallest": smallest, "sums": sums}
+
+
+def task_reward(task: str) -> str | None:
+    """The grader that a task's answers need: `number` or `task`; None for a task of the user's own."""
+    return "task" if task.startswith("reasoning_gym:") else ("number" if task in _BUILT_IN else None)
 
 
 def _check_names(function: Task, options: Mapping[str, Any], where: str) -> None:

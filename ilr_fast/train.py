@@ -143,7 +143,8 @@ class _Steps:
 
     def finish(self, step: int, timer: Timer) -> None:
         """Validates and saves where they are due, and writes the row."""
-        due = step % self.config.checkpoint.every == 0 or step == self.config.steps
+        every = self.config.checkpoint.every
+        due = every is not None and (step % every == 0 or step == self.config.steps)
         scores: Mapping[str, float] = {}
         if step == self.config.steps or (self.config.evaluate.every and step % self.config.evaluate.every == 0):
             with timer("evaluate"):

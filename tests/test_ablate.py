@@ -13,12 +13,15 @@ from made_up_runs import make_run
 from rich.console import Console
 
 from ilr_fast.ablate import ablate, variants
-from ilr_fast.config import AgentConfig, Config, CreditConfig, DataConfig, EvaluateConfig, RolloutConfig
+from ilr_fast.config import AgentConfig, Config, CreditConfig, DataConfig, EvaluateConfig, RewardConfig, RolloutConfig
 from ilr_fast.config_parse import dump
 from ilr_fast.errors import UserError
+from ilr_fast.evaluate import method_of
 from ilr_fast.runfolder import fingerprint
 
-NAMES = ["ilr", "ilr_di", "ilr_pc", "ilr_ratio_0", "ilr_ratio_0.5", "ilr_ratio_1", "grpo-smollm2", "grpo-gemma"]
+RATIOS = ("0", "0.25", "0.5", "0.75", "1")
+NAMES = ["ilr", "ilr_di", "ilr_pc", *(f"ilr_ratio_{r}" for r in RATIOS),
+         "grpo-smollm2", "grpo-gemma", "grpo_peer-smollm2", "grpo_peer-gemma"]  # fmt: skip
 
 
 def config(tmp_path, **keys) -> Config:
@@ -37,7 +40,7 @@ def trainer(asked, fails_at=None):
         folder = Path(config.run)
         cut_off = folder.name == fails_at
         made = make_run(folder.with_name(folder.name + ".new"), agents=tuple(config.agents), steps=1 if cut_off else 2,
-                        planned=2, method="grpo" if config.protocol == "single" else folder.name, questions=20,
+                        planned=2, method=method_of(config), questions=20,
                         evaluated=not cut_off)  # fmt: skip
         shutil.rmtree(folder, ignore_errors=True)
         made.rename(folder)
@@ -53,11 +56,11 @@ def test_variants_change_what_they_are_named_for(tmp_path):
     base = config(tmp_path, credit=CreditConfig(calibrate="advantage"))
     made = {v.name: v for v in variants(base)}
     assert list(made) == NAMES
-    assert [v.method for v in made.values()] == [*NAMES[:6], "grpo", "grpo"]
+    assert [v.method for v in made.values()] == [*NAMES[:8], "grpo", "grpo", "grpo_peer", "grpo_peer"]
     keys = {name: (v.config.interaction, v.config.credit.calibrate, v.config.protocol) for name, v in made.items()}
     assert keys["ilr"] == ("dynamic", "advantage", "idea3") and keys["ilr_di"] == ("dynamic", "none", "idea3")
     assert keys["ilr_pc"] == ("none", "advantage", "idea3") and keys["grpo-gemma"] == ("none", "none", "single")
-    assert [made[f"ilr_ratio_{r}"].config.cooperation_ratio for r in ("0", "0.5", "1")] == [0, 0.5, 1]
+    assert [made[f"ilr_ratio_{r}"].config.cooperation_ratio for r in RATIOS] == [0, 0.25, 0.5, 0.75, 1]
     assert {Path(v.config.run).parent for v in made.values()} == {tmp_path / "one-ablation"}
     assert len({fingerprint(v.config) for v in made.values()}) == len(NAMES)
 
@@ -68,13 +71,36 @@ def test_grpo_is_alone_with_as_many_turns_and_few_shot_is_measured_once(tmp_path
     assert list(grpo.agents) == ["gemma"] and grpo.rollout.samples == 3 * 4 and grpo.rollout.questions == 4
     assert grpo.evaluate.modes == ["single"] and made["ilr"].evaluate.modes == ["single", "debate"]
     assert [name for name, c in made.items() if c.evaluate.few_shot] == ["ilr"]
+    assert [name for name, c in made.items() if c.evaluate.base] == ["ilr"]
     none = config(tmp_path, credit=CreditConfig(calibrate="none"))
     assert {v.name: v.config.credit.calibrate for v in variants(none)}["ilr"] == "reward"
 
 
 def test_a_peer_that_only_talks_has_no_grpo_run(tmp_path):
     agents = {"a": AgentConfig(model="m"), "b": AgentConfig(model="n", train="none")}
-    assert [v.name for v in variants(config(tmp_path, agents=agents))][6:] == ["grpo-a"]
+    assert [v.name for v in variants(config(tmp_path, agents=agents))][8:] == ["grpo-a", "grpo_peer-a"]
+
+
+def test_a_peer_that_shows_and_is_not_rewarded(tmp_path):
+    made = {v.name: v.config for v in variants(config(tmp_path, reward=RewardConfig(stage_reward="final")))}
+    shown = made["grpo_peer-gemma"]
+    assert (shown.protocol, shown.interaction, shown.credit.calibrate) == ("idea3", "none", "none")
+    assert shown.reward.stage_reward == "own" and shown.rollout.samples == 4
+    assert {name: agent.train for name, agent in shown.agents.items()} == {"smollm2": "none", "gemma": "full"}
+
+
+def test_methods_and_seeds_are_chosen(tmp_path):
+    base = config(tmp_path)
+    made = variants(base, ["base", "grpo", "ilr_ratio_0.1", "ilr_neither"], [3, 4])
+    names = ["grpo-smollm2", "grpo-gemma", "ilr_ratio_0.1", "ilr_neither"]
+    assert [Path(v.config.run).name for v in made] == [f"{name}-seed{seed}" for seed in (3, 4) for name in names]
+    assert [v.config.seed for v in made] == [3] * 4 + [4] * 4 and made[3].method == "ilr_neither"
+    assert [v.config.evaluate.base for v in made] == [True, True, False, False] * 2  # each agent once a seed
+    for methods, match in ((["ilr_rato_1"], "ilr_ratio_1"), (["ilr_ratio_2"], "0 to 1"), (["ilr", "ilr"], "twice"), ([], "no method")):
+        with pytest.raises(UserError, match=match):
+            variants(base, methods)
+    with pytest.raises(UserError, match="twice"):
+        variants(base, seeds=[1, 1])
 
 
 def test_runs_go_on_where_they_stopped_and_finished_ones_are_skipped(tmp_path):
@@ -87,7 +113,7 @@ def test_runs_go_on_where_they_stopped_and_finished_ones_are_skipped(tmp_path):
     out = io.StringIO()
     path = ablate(base, trainer(asked), command="ilr-fast ablate x", console=Console(file=out, width=150))
     assert [Path(c.run).name for c in asked] == NAMES[2:]
-    assert "1 of 8: ilr, finished before" in out.getvalue()
+    assert "1 of 12: ilr, finished before" in out.getvalue()
     assert path == tmp_path / "one-ablation" / "report.html" and "grpo-gemma" in path.read_text()
     asked.clear()
     ablate(base, trainer(asked), console=Console(file=io.StringIO()))

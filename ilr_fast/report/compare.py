@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from ilr_fast.report.runs import Row, Run
 from ilr_fast.statistics import Interval, PairedDifference, paired_difference
 
-METHODS = ("base", "base_few_shot", "grpo", "ilr_pc", "ilr_di", "ilr_ratio_0", "ilr_ratio_0.5", "ilr_ratio_1", "ilr")
+METHODS = ("base", "base_few_shot", "grpo", "grpo_peer", "ilr_neither", "ilr_pc", "ilr_di", "ilr_ratio_0",
+           "ilr_ratio_0.25", "ilr_ratio_0.5", "ilr_ratio_0.75", "ilr_ratio_1", "ilr")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,58 @@
+"""An ablation of tiny models with its runs side by side, what it says of them, and one run that fails."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from end_to_end import save_models, write_config
+
+from ilr_fast.cli import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The ablation of two methods with two seeds, three runs at a time."""
+    folder = tmp_path_factory.mktemp("ablation")
+    models = save_models(folder)
+    file = write_config(folder, models, steps=1, evaluate={"every": 1, "benchmarks": ["task:sums"], "benchmark_limit": 6},
+                        checkpoint={"every": None}, log={"tensorboard": False})  # fmt: skip
+    methods = ["--methods", "ilr,grpo", "--seeds", "1,2"]
+    assert main(["ablate", str(file), *methods, "--jobs", "3"]) == 0
+    return folder / "run-ablation"
+
+
+def test_every_run_is_there_and_its_tokens_are_stated(folder):
+    found = json.loads((folder / "ablation.json").read_text())
+    names = [f"{name}-seed{s}" for name in ("grpo-ada", "grpo-bob", "ilr") for s in (1, 2)]
+    assert [run["run"] for run in found["runs"]] == names
+    assert all(run["finished"] and run["steps_done"] == 1 for run in found["runs"])
+    for run in found["runs"]:  # 2 questions × 3 samples × 3 turns of 1 or 2 tokens, whoever talks
+        assert all(18 <= count <= 36 for count in run["tokens_generated"].values()), run
+    assert not list(folder.glob("*/checkpoints/*")) and (folder / "report.html").is_file()
+
+
+def test_rows_compare_over_seeds(folder):
+    rows = json.loads((folder / "ablation.json").read_text())["rows"]
+    cells = {(row["agent"], row["method"], row["benchmark"]): row for row in rows}
+    methods = ("base", "grpo", "ilr")
+    assert set(cells) == {(a, m, b) for a in ("ada", "bob") for m in methods for b in ("test", "task:sums")}
+    row = cells["ada", "ilr", "test"]
+    assert row["seeds"] == [1, 2] and row["n"] == 8 and set(row["against"]) == {"base", "grpo"}
+    assert math.isclose(row["accuracy"], sum(row["accuracy_by_seed"].values()) / 2)
+    low, high = row["against"]["grpo"]["ci95"]
+    assert row["against"]["grpo"]["verdict"] == ("better" if low > 0 else "worse" if high < 0 else "none")
+    assert cells["ada", "base", "test"]["against"] == {} and cells["ada", "base", "test"]["tokens_generated"] is None
+
+
+def test_what_is_finished_is_skipped_and_what_fails_is_named(folder, capsys):
+    before = (folder / "ilr-seed1" / "metrics.jsonl").stat().st_mtime_ns
+    (folder / "grpo-ada-seed1" / "results.json").write_text("{")  # can't go on
+    file = folder.parent / "config.yaml"
+    assert main(["ablate", str(file), "--methods", "ilr,grpo", "--seeds", "1,2", "--jobs", "2"]) == 1
+    said = capsys.readouterr()
+    assert "grpo-ada-seed1" in said.err and "1 of 6" in said.err and "logs/NAME.log" in said.err
+    assert "ilr-seed1, finished before" in said.out
+    assert (folder / "ilr-seed1" / "metrics.jsonl").stat().st_mtime_ns == before
+    assert "not a list of results" in (folder / "logs" / "grpo-ada-seed1.log").read_text()
