@@ -18,6 +18,7 @@ from ilr_fast.errors import RunError, UserError, nearest
 
 GPU = ("lm_head", "lm_head_shapes", "lm_head_sweep", "advantage", "adamw", "rollout")
 CPU = ("lm_head_cpu",)
+NAMED = ("graders",)  # only where named: it needs the data sets
 FIGURES, DRAWN = "figures", "lm_head_sweep"
 
 
@@ -33,7 +34,7 @@ def bench(
     draw: bool = True,
 ) -> list[Path]:
     """Runs the named benchmarks; returns the JSON files. Raises RunError after all where a variant was wrong."""
-    known = (*GPU, *CPU, FIGURES)
+    known = (*GPU, *CPU, *NAMED, FIGURES)
     for name in names:
         if name not in known:
             raise UserError(f"unknown benchmark {name!r}", "bench", nearest(name, known))
@@ -50,7 +51,8 @@ def bench(
     paths, wrong = [], []
     for name in chosen:
         run: Callable[..., Iterable[dict[str, Any]]] = import_module(f"ilr_benchmarks.{name}").run
-        found = run(rounds=rounds, quick=quick, only_ours=only_ours, device="cpu" if name in CPU else device)
+        where = "cpu" if name in (*CPU, *NAMED) else device
+        found = run(rounds=rounds, quick=quick, only_ours=only_ours, device=where)
         rows: list[dict[str, Any]] = []
         for row in found:  # of a long benchmark, what there is is kept as it comes
             rows.append(row)

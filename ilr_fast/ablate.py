@@ -9,7 +9,9 @@
 | `ilr_neither` | Idea3 alone: not calibrated, the neutral instruction |
 | `ilr_ratio_R` | a fixed share R of cooperation (0 to 1), drawn by seed |
 | `grpo` | each trained agent alone in a run of its own, with as many sampled turns: G × those of a dialogue *(ours)* |
-| `grpo_peer` | the peers' solutions are shown but not rewarded: each trained agent in a run of its own, in Idea3 with the neutral instruction, not calibrated, `stage_reward: own`, its peers frozen *(ours)* |
+| `grpo_peer` | each trained agent in a run of its own, its peers frozen: their solutions are shown, but not rewarded *(ours)* |
+
+`grpo_peer` is Idea3 with the neutral instruction, not calibrated, `stage_reward: own`.
 
 An agent samples as many turns under the same limits in each, and the table states the tokens that came of it. Each
 variant stands in its own folder below `<run>-ablation`; what is finished is skipped and what was cut off goes on when
@@ -119,7 +121,8 @@ def variants(config: Config, methods: Sequence[str] = METHODS, seeds: Sequence[i
             for name, changed in _variant(seeded, method):
                 new = set(changed.agents) - measured  # the models are the same in all: measured once
                 measured |= new
-                evaluation = replace(changed.evaluate, base=bool(new), few_shot=changed.evaluate.few_shot if new else [])
+                few_shot = changed.evaluate.few_shot if new else []
+                evaluation = replace(changed.evaluate, base=bool(new), few_shot=few_shot)
                 folder = folder_of(config) / (f"{name}-seed{seed}" if seeds else name)
                 made.append(Variant(name, replace(changed, run=str(folder), evaluate=evaluation)))
     if not made:

@@ -2,9 +2,9 @@
 
     summarise(Path("runs/learn-ablation"), command="ilr-fast ablate configs/cpu/learn.yaml --seeds 1,2,3")
 
-Rows hold the mean accuracy with its 95% interval over questions and seeds, the difference to base, GRPO and ILR with its
-paired interval and verdict (`none` where the interval holds 0), the tokens that the agent generated in training, and the
-share of cooperation. Runs that are not finished are listed and enter no row. `table` writes rows as Markdown.
+Rows hold the mean accuracy with its 95% interval over questions and seeds, the difference to base, GRPO and ILR with
+its paired interval and verdict (`none` where the interval holds 0), the tokens that the agent generated in training,
+and the share of cooperation. Runs that are not finished are listed and enter no row. `table` writes rows as Markdown.
 """
 
 from __future__ import annotations
@@ -113,7 +113,9 @@ def _rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return [_row(cell, measured[cell], outcomes) for cell in sorted(measured, key=_order)]
 
 
-def _row(cell: Cell, found: Mapping[int, tuple[Run, Row]], outcomes: Mapping[Cell, Mapping[int, Any]]) -> dict[str, Any]:
+def _row(
+    cell: Cell, found: Mapping[int, tuple[Run, Row]], outcomes: Mapping[Cell, Mapping[int, Any]]
+) -> dict[str, Any]:
     agent, method, benchmark, mode = cell
     crossed = not any(_is_generated(run, benchmark) for run, _ in found.values())
     mean, interval = accuracy_over_runs(outcomes[cell], crossed=crossed)
@@ -149,7 +151,8 @@ def _is_generated(run: Run, benchmark: str) -> bool:
 
 def _order(cell: Cell) -> tuple:
     agent, method, benchmark, mode = cell
-    return benchmark != "test", benchmark, mode, agent, METHODS.index(method) if method in METHODS else len(METHODS), method
+    rank = METHODS.index(method) if method in METHODS else len(METHODS)
+    return benchmark != "test", benchmark, mode, agent, rank, method
 
 
 def _curves(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:

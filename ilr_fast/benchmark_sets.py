@@ -49,11 +49,15 @@ BENCHMARKS = {
     "mbpp": Benchmark(
         "mbpp.jsonl", "google-research-datasets/mbpp:full", "code", question_key="text", answer_key="code", split="test"
     ),
+    "gpqa": Benchmark("gpqa_diamond.jsonl", "Idavidrein/gpqa:gpqa_diamond", "choice", hub_split="train"),
+    "mmlu_pro": Benchmark("mmlu_pro.jsonl", "TIGER-Lab/MMLU-Pro", "choice"),
 }
 
 
-def load_benchmark(name: str, *, folder: str | Path | None = None, limit: int | None = None) -> list[Question]:
-    """The questions of a named benchmark, the first `limit` of them.
+def load_benchmark(
+    name: str, *, folder: str | Path | None = None, limit: int | None = None, seed: int = 0
+) -> list[Question]:
+    """The questions of a named benchmark, the first `limit` of them; `seed` shuffles a multiple choice's options.
 
     From `folder` (default: the variable ILR_DATA), which must hold the file if it is given; else from the Hub.
     UserError for an unknown name, a missing file, or where the Hub can't be reached.
@@ -64,8 +68,9 @@ def load_benchmark(name: str, *, folder: str | Path | None = None, limit: int | 
     if folder:
         rows = jsonl_rows(Path(folder).expanduser() / benchmark.file)
         wanted = benchmark.split
-        questions = questions_of((row for row in rows if wanted is None or row[1].get("split") == wanted), name)
+        questions = questions_of((row for row in rows if wanted is None or row[1].get("split") == wanted), name,
+                                 seed=seed)
     else:
         rows = hub_rows(benchmark.hub, benchmark.hub_split, f"benchmark {name}")
-        questions = questions_of(rows, name, benchmark.question_key, benchmark.answer_key)
+        questions = questions_of(rows, name, benchmark.question_key, benchmark.answer_key, seed)
     return [question for question in questions if question.id not in benchmark.without][:limit]

@@ -220,6 +220,7 @@ class EvaluateConfig:
     benchmarks: list[str] = key(
         [], "Measured before and after too, as out-of-distribution tests: names, files, Hub names or `task:NAME`."
     )
+    option_seed: int = key(0, "Shuffles the options of multiple-choice benchmarks.", low=0)
     benchmark_limit: int | None = key(None, "Only the first so many questions of each; null: all.", low=1)
 
 

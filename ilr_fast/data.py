@@ -44,8 +44,9 @@ def load_questions(
 ) -> list[Question]:
     """The first `limit` questions of `source`, which the module's docstring shows in all its forms.
 
-    `split` is for sources that have several and name none (Hub and tasks: test). `where` names the config key in
-    errors. UserError for a source that is missing or empty, or has a row without question or answer.
+    `split` is for sources that have several and name none (Hub and tasks: test). `seed` draws a task's problems and
+    shuffles the options of a multiple choice (choices.py). `where` names the config key in errors. UserError for a
+    source that is missing or empty, or has a row without question or answer.
     """
     where = where or f"source {source}"
     if source.startswith(TASK):
@@ -55,13 +56,13 @@ def load_questions(
     name, _, own_split = _expanded(source, where).partition("#")
     split = own_split or split
     if name in BENCHMARKS and not Path(name).exists():
-        return load_benchmark(name, limit=limit)
+        return load_benchmark(name, limit=limit, seed=seed)
     if _is_path(name):
         rows = jsonl_rows(_existing(name, where))
         kept = (row for row in rows if not own_split or row[1].get("split") == own_split)
-        questions = questions_of(kept, Path(name).stem, question_key, answer_key)
+        questions = questions_of(kept, Path(name).stem, question_key, answer_key, seed)
     else:
-        questions = questions_of(hub_rows(name, split or "test", where), name, question_key, answer_key)
+        questions = questions_of(hub_rows(name, split or "test", where), name, question_key, answer_key, seed)
     if not questions:
         what = f"no rows of the split {own_split!r}" if own_split else "no rows"
         raise UserError(f"{name} has {what}", where, "give a source with at least one question")
@@ -93,7 +94,8 @@ def load_splits(config: DataConfig, seed: int) -> dict[str, list[Question]]:
 def check_disjoint(splits: Mapping[str, Sequence[Question]], where: str | None = None) -> None:
     """UserError naming two rows, if two splits share an id, a text (but for case and spaces) or a canonical form.
 
-    `where` names the config key; None: that of the second split."""
+    `where` names the config key; None: that of the second split.
+    """
     owner: dict[tuple[str, str], tuple[str, str]] = {}
     for split, questions in splits.items():
         for question in questions:
@@ -104,7 +106,8 @@ def check_disjoint(splits: Mapping[str, Sequence[Question]], where: str | None =
                 other, other_id = owner.setdefault((kind, value), (split, question.id))
                 if other != split:
                     what = f"{question.id!r} of {split} and {other_id!r} of {other} have the same {kind}"
-                    raise UserError(what, where or f"data.{split}", "take one out: held-out problems must not be trained on")
+                    remedy = "take one out: held-out problems must not be trained on"
+                    raise UserError(what, where or f"data.{split}", remedy)
 
 
 class QuestionStream:

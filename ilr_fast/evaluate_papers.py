@@ -52,12 +52,15 @@ def paper(name: str, config: Config, limit: int | None = None, *, where: str | N
                             "name a benchmark or a JSONL file")
         questions = load_splits(config.data, config.seed)["test"][:limit]
     elif name in BENCHMARKS:
-        questions, reward = load_benchmark(name, folder=config.evaluate.folder, limit=limit), BENCHMARKS[name].reward
+        options = config.evaluate
+        questions = load_benchmark(name, folder=options.folder, limit=limit, seed=options.option_seed)
+        reward = BENCHMARKS[name].reward
     elif name.startswith(TASK):
         reward = task_reward(name.removeprefix(TASK)) or reward
         questions = load_questions(name, limit=limit or TASK_SIZES["test"], split="test", seed=config.seed, where=where)
     else:
-        questions = load_questions(name, limit=limit, split="test", where=where)
+        questions = load_questions(name, limit=limit, split="test", seed=config.evaluate.option_seed, where=where)
+        reward = "choice" if all("choices" in question.metadata for question in questions) else reward
     examples: Sequence[Message] = ()
     if reward == config.reward.name and has_data(config) and config.prompts.examples:
         train = load_splits(config.data, config.seed)["train"]

@@ -3,7 +3,7 @@
 A row is a JSON object with a question and an answer; `id`, `solution`, `level` ("Level 3" or 3), `subject` and
 `canonical` are read where they are, everything else goes into the question's metadata. An answer in GSM8K's form
 ("… #### 18") is parted into solution and answer; a row with `test_list` shows its tests in the question, as MBPP's
-programs can't be written without the names that the tests call.
+programs can't be written without the names that the tests call. Multiple-choice rows are those of choices.py.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ilr_fast.choices import as_question, is_choice
 from ilr_fast.errors import UserError
 from ilr_fast.types import Question
 
@@ -53,12 +54,21 @@ def _parsed(line: str, where: str) -> Row:
 
 
 def questions_of(
-    rows: Iterable[tuple[str, Row]], name: str, question_key: str = "question", answer_key: str = "answer"
+    rows: Iterable[tuple[str, Row]],
+    name: str,
+    question_key: str = "question",
+    answer_key: str = "answer",
+    seed: int = 0,
 ) -> list[Question]:
-    """The questions of `rows`. `name` makes the ids of rows without one. UserError for a bad row or a second id."""
+    """The questions of `rows`. `name` makes the ids of rows without one, `seed` shuffles a multiple choice's options.
+
+    UserError for a bad row or a second id.
+    """
     first: dict[str, str] = {}
     questions = []
     for number, (where, row) in enumerate(rows):
+        if is_choice(row) and (question_key, answer_key) == ("question", "answer"):
+            row = _choice(row, where, seed)
         question = _question(row, where, f"{name}/{number}", question_key, answer_key)
         if question.id in first:
             raise UserError(f"the id {question.id!r} stands at {first[question.id]} already", where,
@@ -66,6 +76,13 @@ def questions_of(
         first[question.id] = where
         questions.append(question)
     return questions
+
+
+def _choice(row: Row, where: str, seed: int) -> Row:
+    try:
+        return as_question(row, seed=seed)
+    except ValueError as error:
+        raise UserError(str(error), where, "mend the row, or leave it out") from None
 
 
 def _question(row: Row, where: str, default_id: str, question_key: str, answer_key: str) -> Question:

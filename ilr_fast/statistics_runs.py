@@ -1,12 +1,14 @@
 """Intervals over questions and seeds: two methods, each trained once for every seed, on the same questions.
 
-A hierarchical bootstrap (Davison and Hinkley 1997, section 3.8): seeds are drawn with replacement, and within each drawn
-seed its questions, both methods' answers to a question together. Where all seeds answer the same questions (`crossed`)
-one draw of questions serves all seeds of a resample. Resampling S seeds shows (S − 1)/S of the variance between them, so their
-deviations are widened by √(S/(S − 1)). With S = 1 the interval is over questions alone, and says nothing of another seed.
+A hierarchical bootstrap (Davison and Hinkley 1997, section 3.8): seeds are drawn with replacement, and within each
+drawn seed its questions, both methods' answers to a question together. Where all seeds answer the same questions
+(`crossed`) one draw of questions serves all seeds of a resample. Resampling S seeds shows (S − 1)/S of the variance
+between them, so their deviations are widened by √(S/(S − 1)). With S = 1 the interval is over questions alone, and
+says nothing of another seed.
 
-Of three seeds the interval is still too narrow where runs differ much: in the simulation of tests/test_statistics_runs.py
-it holds the truth in about 9 of 10 cases, not in 19 of 20. A difference whose interval holds 0 is called `none`.
+Of three seeds the interval is still too narrow where runs differ much: in the simulation of
+tests/test_statistics_runs.py it holds the truth in about 9 of 10 cases, not in 19 of 20. A difference whose interval
+holds 0 is called `none`.
 """
 
 from __future__ import annotations

@@ -96,7 +96,8 @@ def test_methods_and_seeds_are_chosen(tmp_path):
     assert [Path(v.config.run).name for v in made] == [f"{name}-seed{seed}" for seed in (3, 4) for name in names]
     assert [v.config.seed for v in made] == [3] * 4 + [4] * 4 and made[3].method == "ilr_neither"
     assert [v.config.evaluate.base for v in made] == [True, True, False, False] * 2  # each agent once a seed
-    for methods, match in ((["ilr_rato_1"], "ilr_ratio_1"), (["ilr_ratio_2"], "0 to 1"), (["ilr", "ilr"], "twice"), ([], "no method")):
+    refused = {"ilr_ratio_1": ["ilr_rato_1"], "0 to 1": ["ilr_ratio_2"], "twice": ["ilr", "ilr"], "no method": []}
+    for match, methods in refused.items():
         with pytest.raises(UserError, match=match):
             variants(base, methods)
     with pytest.raises(UserError, match="twice"):

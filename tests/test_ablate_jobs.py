@@ -16,8 +16,9 @@ def folder(tmp_path_factory):
     """The ablation of two methods with two seeds, three runs at a time."""
     folder = tmp_path_factory.mktemp("ablation")
     models = save_models(folder)
-    file = write_config(folder, models, steps=1, evaluate={"every": 1, "benchmarks": ["task:sums"], "benchmark_limit": 6},
-                        checkpoint={"every": None}, log={"tensorboard": False})  # fmt: skip
+    evaluate = {"every": 1, "benchmarks": ["task:sums"], "benchmark_limit": 6}
+    file = write_config(folder, models, steps=1, evaluate=evaluate, checkpoint={"every": None},
+                        log={"tensorboard": False})  # fmt: skip
     methods = ["--methods", "ilr,grpo", "--seeds", "1,2"]
     assert main(["ablate", str(file), *methods, "--jobs", "3"]) == 0
     return folder / "run-ablation"

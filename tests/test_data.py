@@ -218,4 +218,4 @@ def test_benchmarks_from_a_folder_or_the_hub(tmp_path, monkeypatch, hub):
     assert hub == [("openai/gsm8k", "main", "test")]
     with pytest.raises(UserError, match="did you mean 'math500'"):
         load_benchmark("math50")
-    assert {benchmark.reward for benchmark in BENCHMARKS.values()} == {"math", "code"}
+    assert {benchmark.reward for benchmark in BENCHMARKS.values()} == {"math", "code", "choice"}

@@ -9,7 +9,7 @@ import pytest
 from chat_cases import byte_level
 
 from ilr_fast.chat import ChatFormat
-from ilr_fast.config import Config, CreditConfig, EvaluateConfig, PromptConfig, RewardConfig, RolloutConfig
+from ilr_fast.config import AgentConfig, Config, CreditConfig, EvaluateConfig, PromptConfig, RewardConfig, RolloutConfig
 from ilr_fast.errors import UserError
 from ilr_fast.evaluate import evaluate_agents, evaluate_base, few_shot_examples, method_of, record
 from ilr_fast.protocols.templates import load_prompts
@@ -145,6 +145,9 @@ def test_errors():
         evaluate_agents({}, [], grader, config=CONFIG, benchmark="test", method="ilr")
 
 
+ONE_LEARNS = {"ada": AgentConfig(model="m"), "bob": AgentConfig(model="n", train="none")}
+
+
 @pytest.mark.parametrize(
     "keys, name",
     [
@@ -156,6 +159,9 @@ def test_errors():
         ({"interaction": "competition"}, "ilr_ratio_0"),
         ({"interaction": "cooperation"}, "ilr_ratio_1"),
         ({"protocol": "debate"}, "debate"),
+        ({"interaction": "none", "credit": CreditConfig(calibrate="none")}, "ilr_neither"),
+        ({"interaction": "none", "credit": CreditConfig(calibrate="none"), "agents": ONE_LEARNS}, "grpo_peer"),
+        ({"method": "mine"}, "mine"),
     ],
 )
 def test_names_of_methods(keys, name):

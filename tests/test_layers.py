@@ -19,21 +19,22 @@ HEAVY = {"torch", "transformers", "vllm", "peft", "triton"}
 
 # Names below ilr_fast, lowest layer first.
 LAYERS = {
-    "words and records": "ilr_fast types errors own quoting tokenpieces statistics statistics_runs interrupt allocator durable",
-    "what a run is made of": """ilr_kernels.* config config_* data benchmark_sets tasks tasks.* rewards rewards.*
-        protocols protocols.* chat prompts models model_folder convert convert_* hub rows environment
+    "words and records": """ilr_fast types errors own quoting tokenpieces statistics statistics_runs interrupt
+        allocator durable""",
+    "what a run is made of": """ilr_kernels.* config config_* data benchmark_sets choices tasks tasks.* rewards
+        rewards.* protocols protocols.* chat prompts models model_folder convert convert_* hub rows environment
         dialogue_rows transcripts""",
     "one agent": """engines engines.* attention tree_plan agent batch credit gradients in_place loading optimizer
         step_meter weights memory""",
     "agents together": """hosts hosts.* team rollout context score ability difficulty ranking ranking_* checkpoint
         failures metrics trackers steplog progress runfolder""",
-    "runs": """session heldout interaction alone evaluate evaluate_* benchmarks benchmarks.* train ablate ablate_* merge finish
-        show report report.* docs_config ilr_benchmarks.*""",
+    "runs": """session heldout interaction alone evaluate evaluate_* benchmarks benchmarks.* train ablate ablate_* merge
+        finish show report report.* docs_config ilr_benchmarks.*""",
     "commands": "cli",
 }
-PURE = """types errors own quoting statistics interrupt durable config config_* data benchmark_sets tasks tasks.*
-    rewards rewards.* protocols protocols.* chat hosts rollout context score ability difficulty ranking ranking_*
-    checkpoint failures metrics trackers steplog progress runfolder environment dialogue_rows transcripts report
+PURE = """types errors own quoting statistics interrupt durable config config_* data benchmark_sets choices tasks
+    tasks.* rewards rewards.* protocols protocols.* chat hosts rollout context score ability difficulty ranking
+    ranking_* checkpoint failures metrics trackers steplog progress runfolder environment dialogue_rows transcripts report
     report.* show docs_config cli ilr_benchmarks.bench"""
 
 

@@ -63,7 +63,7 @@ def test_default_messages_differ_by_interaction(reward, stage):
     for message in messages:
         assert "\n\n\n" not in message and "{" not in message.replace("{peers}", "").replace("\\boxed{}", "")
         assert ("> PEER" in message) == (stage == "analysis")
-        assert (r"\boxed{}" in message) == (reward == "math" and stage != "analysis")
+        assert (r"\boxed{}" in message) == (reward in ("math", "choice") and stage != "analysis")
 
 
 def test_neutral_sharing_is_the_single_prompt():

@@ -64,12 +64,15 @@ def test_crossed_questions_do_not_average_out():
     assert nested == pytest.approx(crossed / 3**0.5, rel=0.08)
 
 
-@pytest.mark.parametrize(("seeds", "between", "least", "most"), [(3, 0.05, 0.82, 0.96), (3, 0.0, 0.93, 1.0), (10, 0.05, 0.9, 0.99)])
-def test_coverage(seeds, between, least, most):  # measured here: 0.88, 0.96, 0.94
+@pytest.mark.parametrize(
+    ("seeds", "between", "least", "most"), [(3, 0.05, 0.82, 0.96), (3, 0.0, 0.93, 1.0), (10, 0.05, 0.9, 0.99)]
+)
+def test_coverage(seeds, between, least, most):
     rng, held, trials = np.random.default_rng(1), 0, 200
     for trial in range(trials):
         deviations = rng.normal(0, between, seeds)
-        values = [rng.choice([-1.0, 0.0, 1.0], 150, p=[0.1 - d / 2, 0.7, 0.2 + d / 2]) for d in deviations.clip(-0.19, 0.19)]
+        shares = [[0.1 - d / 2, 0.7, 0.2 + d / 2] for d in deviations.clip(-0.19, 0.19)]
+        values = [rng.choice([-1.0, 0.0, 1.0], 150, p=p) for p in shares]
         low, high = bootstrap_runs(values, crossed=False, seed=trial, resamples=600)
         held += low <= 0.1 <= high
     assert least <= held / trials <= most, held / trials

@@ -10,7 +10,7 @@ import pytest
 
 from ilr_fast import tasks
 from ilr_fast.errors import UserError
-from ilr_fast.tasks import largest, problem, splits, sums
+from ilr_fast.tasks import largest, problem, smallest, splits, sums, task_reward
 
 
 def first(generator, count=50):
@@ -27,6 +27,21 @@ def test_largest_says_what_it_means():
         assert question.text.startswith("Which number is the largest: ")
         assert len(set(numbers)) == 4 and all(10 <= n <= 40 for n in numbers)
         assert question.answer == question.solution == str(max(numbers))
+
+
+def test_largest_of_several_counts_has_levels():
+    questions = first(largest(3, numbers=2, most=4), 200)
+    assert {len(numbers_of(q)) for q in questions} == {2, 3, 4}
+    assert all(q.level == len(numbers_of(q)) - 1 and q.answer == str(max(numbers_of(q))) for q in questions)
+    assert first(largest(3, numbers=2))[0].level is None
+
+
+def test_smallest_is_largest_the_other_way_round():
+    for question in first(smallest(3, numbers=2, most=3)):
+        assert question.text.startswith("Which number is the smallest: ")
+        assert question.answer == question.solution == str(min(numbers_of(question))) and question.level in (1, 2)
+    assert {q.canonical for q in first(smallest(3))}.isdisjoint(q.canonical for q in first(largest(3)))
+    assert [task_reward(t) for t in ("smallest", "reasoning_gym:chain_sum", "mine:f")] == ["number", "task", None]
 
 
 def test_sums_say_what_they_mean():

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ilr_fast.cli import main
 from ilr_fast.config_parse import load_config
+from ilr_fast.errors import UserError
 from ilr_fast.session import prepare
 
 SECONDS = {"generate", "reward", "train", "sync", "swap", "checkpoint", "evaluate", "other", "total"}
@@ -204,3 +205,12 @@ def test_what_can_be_checked_is_checked_without_weights(tmp_path, models, monkey
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
     ready = prepare(load_config(write_config(tmp_path, models)))
     assert set(ready.chats) == {"ada", "bob"} and len(ready.splits["train"]) == 30
+
+
+def test_benchmarks_beside_the_test_set_are_not_trained_on(tmp_path, models):
+    config = write_config(tmp_path, models, evaluate={"benchmarks": ["task:sums"], "benchmark_limit": 5})
+    (sums,) = prepare(load_config(config)).benchmarks
+    assert sums.benchmark == "task:sums" and len(sums.questions) == 5 and sums.config.reward.name == "number"
+    trained = f"evaluate.benchmarks=[{tmp_path / 'train.jsonl'}]"
+    with pytest.raises(UserError, match="evaluate.benchmarks.*the same id"):
+        prepare(load_config(config, [trained]))

@@ -1,8 +1,8 @@
 r"""Options: a letter, or one of a few words such as yes and no.
 
-The asked form is the option alone: "B", "(B)", "B.", "\boxed{B}", "Answer: B". Otherwise the text is right where it
-says "answer is (B)" (or "answer: B") and names no other option so; else, for letters, where one single option stands
-in brackets. A text that names several options commits to none and is wrong.
+The asked form is the option alone, "B", "(B)", "B.", "Answer: B", or in the last \boxed{} of a text. Otherwise the
+text is right where it says "answer is (B)" (or "answer: B") and names no other option so; else, for letters, where
+one single option stands in brackets. A text that names several options commits to none and is wrong.
 
 The options are the grader's `options=["yes", "no"]`, or the question's `metadata["choices"]` (a list of that many
 letters, or a mapping whose keys are the options), or, where the answer is a letter, A to J.
@@ -35,7 +35,8 @@ class ChoiceGrader(BaseGrader):
             return self.broken(False, None, f"the answer {question.answer[:50]!r} of the data is none of the options")
         alone = _alone(text, options)
         chosen = alone or _named(text[-LONGEST:], options)
-        return self.verdict(chosen == wanted, alone is not None, chosen)
+        boxed = chosen is not None and last_boxed(text[-LONGEST:]) is not None
+        return self.verdict(chosen == wanted, alone is not None or boxed, chosen)
 
     def _options(self, question: Question) -> list[str]:
         choices = self.options or question.metadata.get("choices")
