@@ -9,7 +9,7 @@
 | `ilr_neither` | Idea3 alone: not calibrated, the neutral instruction |
 | `ilr_ratio_R` | a fixed share R of cooperation (0 to 1), drawn by seed |
 | `grpo` | each trained agent alone in a run of its own, with as many sampled turns: G × those of a dialogue *(ours)* |
-| `grpo_peer` | each trained agent in a run of its own, its peers frozen: their solutions are shown, but not rewarded *(ours)* |
+| `grpo_peer` | each trained agent in a run of its own; its frozen peers' solutions are shown, not rewarded *(ours)* |
 
 `grpo_peer` is Idea3 with the neutral instruction, not calibrated, `stage_reward: own`.
 
