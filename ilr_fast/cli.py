@@ -118,6 +118,18 @@ def _train(options: argparse.Namespace) -> None:
     print(f"next: ilr-fast show {run}        (what the agents said to one another)")
 
 
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    parser.add_argument("--gpu-memory", default=None, metavar="SIZE",
+                        help="for cards of this size, 24GiB for example; default: the cards of this machine")
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from ilr_fast.plan_command import plan_command
+
+    plan_command(options.config, options.overrides, options.gpu_memory)
+
+
 def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("targets", nargs="+", metavar="RUN or MODEL", help="run folders or models")
     parser.add_argument("--benchmarks", required=True, help="names, JSONL files or Hub names, separated by commas")
@@ -231,6 +243,7 @@ def _command_line() -> str:
 
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Command, str]] = {
     "train": (_add_train, _train, "train the agents of a config; goes on where its run stopped"),
+    "plan": (_add_plan, _plan, "the memory of each agent and phase, and what would make it fit; loads nothing"),
     "eval": (_add_eval, _eval, "accuracy of runs or models on benchmarks, with 95% intervals"),
     "report": (_add_runs, _report, "write report.html for one run or several"),
     "show": (_add_show, _show, "read a run's dialogues"),

@@ -47,6 +47,9 @@ class OptimizerConfig:
     moments: Literal["float32", "bfloat16"] = key(
         "float32", "Precision of AdamW's moments; bfloat16 with `rounding: stochastic` only."
     )
+    offload: Literal["none", "host", "auto"] = key(
+        "auto", "Moments and copies in the host's memory: less on the GPU; auto: where they don't fit otherwise."
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,15 +86,25 @@ class AgentConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = key(
         "auto", "Precision of the weights; auto: float32 on the CPU, bfloat16 on a GPU."
     )
+    random_weights: bool = key(
+        False, "Weights drawn by the run's seed, for measuring: the model's folder needs a config.json and a tokenizer."
+    )
     train: Literal["full", "lora", "none"] = key("full", "What is trained; `none`: a peer that only talks.")
+    quantize: Literal["none", "nf4"] = key(
+        "none", "Precision of the frozen weights under adapters; nf4: 4 bits (bitsandbytes, docs/memory.md)."
+    )
     lora: LoraConfig = key(LoraConfig, "Adapters, where `train: lora`.")
     optimizer: OptimizerConfig = key(OptimizerConfig, "AdamW and its schedule.")
     engine: EngineConfig = key(EngineConfig, "The rollout engine.")
     host: Literal["local", "process"] = key(
         "local", "Where it lives: in the command's process, or in one of its own (docs/hosts.md)."
     )
-    micro_batch_tokens: int = key(8192, "Most packed tokens in one forward and backward pass.", low=16)
-    gradient_checkpointing: bool = key(False, "Recompute activations in the backward pass: less memory, more time.")
+    micro_batch_tokens: int | Literal["auto"] = key(
+        8192, "Most packed tokens in one forward and backward pass; auto: what fits (docs/memory.md).", low=16
+    )
+    gradient_checkpointing: bool | Literal["auto"] = key(
+        False, "Recompute activations in the backward pass: less memory, more time; auto: where they don't fit."
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -260,6 +273,9 @@ class Config:
     method: str | None = key(None, "What its results are called; null: by its keys (ilr, ilr_di, grpo, …).")
     cooperation_ratio: float = key(0.5, "Share of cooperation for `interaction: ratio`, drawn by seed.", low=0, high=1)
     max_failed_share: float = key(0.2, "Past this share of failed dialogues or grades the run stops.", low=0, high=1)
+    memory_check: Literal["refuse", "warn"] = key(
+        "refuse", "A run that does not fit by its memory plan (docs/memory.md) is refused, or begun with a warning."
+    )
     agents: dict[str, AgentConfig] = key({}, "The agents, by name.")
     data: DataConfig = key(DataConfig, "Questions.")
     prompts: PromptConfig = key(PromptConfig, "Prompts.")

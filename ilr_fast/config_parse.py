@@ -12,7 +12,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from ilr_fast.config_check import check
 from ilr_fast.config_yaml import dump_yaml, parse_yaml, read_yaml
 from ilr_fast.errors import UserError, nearest
 
-__all__ = ["build", "dump", "load_config", "read_yaml", "to_tree", "walk"]
+__all__ = ["build", "dump", "load_config", "read_yaml", "to_tree", "walk", "walk_values"]
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -55,6 +55,15 @@ def walk(cls: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, 
             yield from walk(section, f"{path}.<name>.")  # type: ignore[arg-type]
         else:
             yield path, field, kind
+
+
+def walk_values(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf of `to_tree`'s: (path, value)."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from walk_values(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def build(cls: type, tree: Any, path: str, where: str) -> Any:
@@ -176,7 +185,10 @@ def _convert(value: Any, kind: Any, path: str, where: str) -> Any:
         return build(kind, value, f"{path}.", where)  # type: ignore[arg-type]
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        return None if value is None else _convert(value, args[0], path, where)
+        words = [word for arg in args for word in typing.get_args(arg)]  # `auto` beside a number
+        if (value is None and types.NoneType in args) or (isinstance(value, str) and value in words):
+            return value
+        return _convert(value, args[0], path, where)
     if origin is Literal:
         return _convert_choice(value, args, path, where)
     if origin is list and isinstance(value, list):

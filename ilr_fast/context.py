@@ -40,15 +40,16 @@ def check_context(
     config: Config,
     name: str,
     examples: Sequence[Message] = (),
-) -> None:
+) -> int:
     """UserError, naming the question's id, where a prompt of agent `name` can grow longer than its context.
+
+    Returns the tokens of its longest conversation, the last turn included.
 
     The training questions are asked by `protocol`, the others by `single`. Only the longest question of a split is
     written out: what stands around it is the same for all.
     """
     limit = config.agents[name].engine.max_context or model_context(chat.tokenizer)
-    if limit is None:
-        return
+    most = 0
     single = load_protocol("single", config)
     for split, questions in splits.items():
         if not questions:
@@ -56,13 +57,15 @@ def check_context(
         longest = _longest(questions, chat)
         asked = protocol if split == "train" else single
         tokens = longest_prompt_tokens(longest, asked, chat, config.rollout, examples, len(config.agents) - 1)
-        if tokens >= limit:
+        if limit is not None and tokens >= limit:
             raise UserError(
                 f"the prompt of question {longest.id!r} can grow to {tokens} tokens; the context of {name} has {limit}",
                 f"data.{split}",
                 "leave such questions out, lower rollout.max_tokens, rollout.peer_tokens or prompts.examples, or raise "
                 f"agents.{name}.engine.max_context",
             )
+        most = max(most, tokens + turn_limit(config.rollout, asked.stages[-1]))
+    return most if limit is None else min(most, limit)
 
 
 def model_context(tokenizer: object) -> int | None:

@@ -71,7 +71,7 @@ def _kind(kind: Any) -> str:
     """A type in words: `a whole number or null`, `own · final`."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        return f"{_kind(args[0])} or null"
+        return f"{_kind(args[0])} or {'null' if args[1] is types.NoneType else _kind(args[1])}"
     if origin is Literal:
         return " · ".join(f"`{choice}`" for choice in args)
     if origin is list:

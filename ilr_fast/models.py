@@ -95,7 +95,17 @@ def resolve_model(path_or_name: str, where: str | None = None) -> Path:
     return _from_hub(path_or_name, where)
 
 
-def _from_hub(name: str, where: str) -> Path:
+def resolve_config(path_or_name: str, where: str) -> Path:
+    """A folder that holds the model's config.json, its weights or not; of a Hub model that file alone is fetched."""
+    path = Path(path_or_name).expanduser()
+    if is_model_folder(path):
+        return path
+    if path_or_name in SMALL_MODELS or path.exists():
+        return resolve_model(path_or_name, where)
+    return _from_hub(path_or_name, where, config_only=True)
+
+
+def _from_hub(name: str, where: str, *, config_only: bool = False) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -103,12 +113,20 @@ def _from_hub(name: str, where: str) -> Path:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise UserError(f"no folder {name!r}", where, hint)
     patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
+    if config_only:
+        patterns = ["config.json", "adapter_config.json"]
+
+    def checked(folder: str) -> Path:
+        if config_only and not is_model_folder(Path(folder)):
+            raise UserError(f"{name!r} has no config.json", where, hint)
+        return Path(folder) if config_only else _checked(folder, where)
+
     with contextlib.suppress(LocalEntryNotFoundError, HFValidationError):
-        return _checked(snapshot_download(name, allow_patterns=patterns, local_files_only=True), where)
+        return checked(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
     if "/" not in name:
         raise UserError(f"no folder, small model or cached Hub model is called {name!r}", where, hint)
     try:
-        return _checked(snapshot_download(name, allow_patterns=patterns), where)
+        return checked(snapshot_download(name, allow_patterns=patterns))
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError) as error:  # the Hub's client: no network, no such name, no permission

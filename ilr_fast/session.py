@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+from ilr_fast.card import PeakSampler
 from ilr_fast.chat import ChatFormat
 from ilr_fast.config import Config
 from ilr_fast.data import check_disjoint, load_splits
@@ -35,6 +36,7 @@ class Ready:
     chats: Mapping[str, ChatFormat]
     protocol: DialogueProtocol
     examples: Sequence[Message]
+    contexts: Mapping[str, int]  # tokens of each agent's longest conversation
     benchmarks: Sequence[Paper] = ()
 
 
@@ -47,6 +49,7 @@ class Session:
     team: Team
     grader: Grader
     progress: Progress
+    card: PeakSampler
 
     @property
     def config(self) -> Config:
@@ -69,9 +72,10 @@ def prepare(config: Config) -> Ready:
     for count in config.evaluate.few_shot:
         few_shot_examples(splits["train"], count, config.seed, prompts)
     examples = few_shot_examples(splits["train"], config.prompts.examples, config.seed, prompts)
-    for name, chat in chats.items():
-        check_context(splits, protocol, chat, config, name, examples)
-    return Ready(config, splits, chats, protocol, examples, _benchmarks(config, splits))
+    contexts = {
+        name: check_context(splits, protocol, chat, config, name, examples) for name, chat in chats.items()
+    }
+    return Ready(config, splits, chats, protocol, examples, contexts, _benchmarks(config, splits))
 
 
 def _benchmarks(config: Config, splits: Mapping[str, Sequence[Question]]) -> list[Paper]:
@@ -90,6 +94,7 @@ def open_session(ready: Ready, folder: RunFolder, progress: Progress) -> Iterato
     with ExitStack() as stack:
         grader = open_grader(ready.config)
         stack.callback(grader.close)
+        card = stack.enter_context(PeakSampler())
         logs = folder.path / "logs"
         team = stack.enter_context(open_team(ready.config, ready.chats, logs=logs, progress=progress))
-        yield Session(ready, folder, team, grader, progress)
+        yield Session(ready, folder, team, grader, progress, card)

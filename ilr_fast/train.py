@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from ilr_fast.hosts import HostLost
 from ilr_fast.interaction import Interactions
 from ilr_fast.interrupt import Interrupt
 from ilr_fast.metrics import MetricsLog, Timer, complete
+from ilr_fast.plan_command import settle
 from ilr_fast.progress import Progress
 from ilr_fast.rollout import DialogueJob, request_seed, run_dialogues
 from ilr_fast.runfolder import RunFolder
@@ -50,6 +51,8 @@ class Rollout:
 def train(config: Config, *, fresh: bool = False, command: str = "ilr-fast train") -> Path:
     """Trains and returns the run folder. UserError for the user's mistakes, RunError for a run that can't go on."""
     ready = prepare(config)
+    config, planned = settle(config, ready.contexts)
+    ready = replace(ready, config=config)
     with (
         RunFolder.open(config, fresh=fresh, command=command) as folder,
         Progress(config.steps) as progress,
@@ -61,6 +64,8 @@ def train(config: Config, *, fresh: bool = False, command: str = "ilr-fast train
                 "rewards of two values, divided by their std: calibration changes nothing here; "
                 "set reward.format_weight above 0 or credit.calibrate to advantage (docs/calibration.md)"
             )
+        if not planned.fits:
+            progress.warn(f"by its plan the run takes {planned.peak / 2**30:.1f} GiB, more than there is")
         start, last_row = _resume(session)
         if start == 0:
             measure_base(session)
@@ -155,6 +160,8 @@ class _Steps:
             if due:
                 with timer("checkpoint"):
                     self.checkpoint(sum(scores.values()) / len(scores) if scores else None)
+            peak = self.session.card.take()
+            self.row["memory_peak_gib"] = None if peak is None else peak / 2**30
             self.row["seconds"] = timer.seconds()
             self.log.write(self.row)
             self.session.progress.step(self.row)

@@ -11,14 +11,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+from ilr_kernels.chunks import CPU_BLOCK_ELEMENTS, cpu_chunk
 from ilr_kernels.policy_loss import TokenLoss, token_loss
 from ilr_kernels.rows import Gate
 from ilr_kernels.sweep import Given, Gradients, Head, Policy, Swept, accumulation_dtype, chunk_logits, spread_gradients
 from torch import Tensor
-
-CHUNK_ROWS = 256  # logits held at once: with fewer rows the products lose speed,
-CHUNK_ELEMENTS = 2**24, 2**26  # with less than 64 MiB (float32) nothing is gained, and 256 MiB is the most
-BLOCK_ELEMENTS = 2**20  # logits worked on at once: 4 MiB, and a scratch of the same size
 
 
 def sweep(
@@ -33,8 +30,8 @@ def sweep(
 ) -> Swept:
     """Log-probs and entropies of N rows, and into `grads` the gradients that `step` asks for (see `sweep.py`)."""
     n, vocabulary = len(hidden_ND), len(head.weight_VD)
-    chunk = min(n, chunk or default_chunk(vocabulary))
-    block = min(chunk, max(torch.get_num_threads(), BLOCK_ELEMENTS // vocabulary))
+    chunk = min(n, chunk or cpu_chunk(vocabulary))
+    block = min(chunk, max(torch.get_num_threads(), CPU_BLOCK_ELEMENTS // vocabulary))
     dtype = accumulation_dtype(hidden_ND.dtype)
     logp_N = hidden_ND.new_empty(n, dtype=dtype)
     work = _Work(
@@ -59,12 +56,6 @@ def sweep(
             spread_gradients(logits_CV, hidden_ND, head, grads, rows)
     losses = TokenLoss(*(torch.cat(parts) for parts in zip(*work.losses, strict=True))) if work.losses else None
     return Swept(logp_N, work.entropy_N, losses)
-
-
-def default_chunk(vocabulary: int) -> int:
-    """Rows of logits held at once."""
-    few, many = (elements // vocabulary for elements in CHUNK_ELEMENTS)
-    return max(16, min(CHUNK_ROWS, many), few)
 
 
 class _Softmax(NamedTuple):

@@ -10,13 +10,13 @@ from __future__ import annotations
 import torch
 import triton
 from ilr_kernels.backend import on_device
+from ilr_kernels.chunks import gpu_wide_chunk
 from ilr_kernels.lm_head_kernel import rows_kernel
 from ilr_kernels.rows import Gate
 from ilr_kernels.step_arguments import step_constants, step_vectors
 from ilr_kernels.sweep import Gradients, Head, Step, Swept, chunk_logits, spread_gradients
 from torch import Tensor
 
-CHUNK_ELEMENTS = 2**28  # logits held at once: 512 MiB of 16-bit floats
 BLOCK_BYTES = 4096  # of a row's logits, worked on at once
 WARPS = 8
 
@@ -33,7 +33,7 @@ def sweep(
 ) -> Swept:
     """Log-probs and entropies of N rows, and into `grads` the gradients that `step` asks for (see `sweep.py`)."""
     n, vocabulary = len(hidden_ND), len(head.weight_VD)
-    chunk = min(n, chunk or max(128, CHUNK_ELEMENTS // vocabulary // 128 * 128))
+    chunk = min(n, chunk or gpu_wide_chunk(vocabulary))
     logp_N, entropy_N = hidden_ND.new_empty(2, n, dtype=torch.float32)
     slab_CV = hidden_ND.new_empty(chunk, vocabulary)
     vectors, losses = step_vectors(step, logp_N)

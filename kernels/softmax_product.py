@@ -14,6 +14,7 @@ import torch
 import triton
 from ilr_kernels import softmax_product_kernel as kernels
 from ilr_kernels.backend import on_device
+from ilr_kernels.chunks import balanced, gpu_chunk
 from ilr_kernels.rows import Gate
 from ilr_kernels.scaling import add_scaled_rows, scale_rows
 from ilr_kernels.softmax_fill import Softmax, fill
@@ -21,8 +22,6 @@ from ilr_kernels.step_arguments import step_constants, step_vectors
 from ilr_kernels.sweep import Given, Gradients, Head, Policy, Step, Swept, add_product
 from torch import Tensor
 
-# Exponentials held at once: 1.25 GiB; for large heads, whose dweight each chunk reads and writes, up to two heads.
-CHUNK_ELEMENTS = 5 * 2**27, 2**30
 STATISTICS_ROWS = 2**15  # rows at once where nothing is held but their sums
 
 
@@ -39,7 +38,7 @@ def sweep(
     """Log-probs and entropies of N rows, and into `grads` the gradients that `step` asks for (see `sweep.py`)."""
     hidden_ND, target_N = _laid_out(hidden_ND, target_N)
     n, vocabulary = len(hidden_ND), len(head.weight_VD)
-    default = STATISTICS_ROWS if grads is None else default_chunk(vocabulary, hidden_ND.shape[1])
+    default = STATISTICS_ROWS if grads is None else gpu_chunk(vocabulary, hidden_ND.shape[1])
     chunk = balanced(n, chunk or default, tile=128)
     slab_CV = None if grads is None else _slab(hidden_ND, chunk, vocabulary)
     whole = _vectors(hidden_ND, n, with_entropy)
@@ -75,19 +74,6 @@ def spread(head: Head, hidden_ND: Tensor, target_N: Tensor, softmax: Softmax, st
     vectors, _ = step_vectors(step, softmax.logp_N)
     with on_device(hidden_ND):
         _apply(head, hidden_ND, target_N, softmax, step, vectors, grads, slice(0, len(hidden_ND)))
-
-
-def default_chunk(vocabulary: int, depth: int) -> int:
-    """Rows whose exponentials are held at once."""
-    least, most = CHUNK_ELEMENTS
-    return max(128, min(max(2 * vocabulary * depth, least), most) // vocabulary)
-
-
-def balanced(n: int, most: int, tile: int) -> int:
-    """Rows of a chunk: as few chunks as `most` allows, of equal size, in whole tiles where that fits."""
-    chunks = -(-n // min(n, most))
-    rows = -(-n // chunks)
-    return min(rows + -rows % tile, most) if most >= tile else rows
 
 
 def _apply(

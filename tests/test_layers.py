@@ -20,14 +20,14 @@ HEAVY = {"torch", "transformers", "vllm", "peft", "triton"}
 # Names below ilr_fast, lowest layer first.
 LAYERS = {
     "words and records": """ilr_fast types errors own quoting tokenpieces statistics statistics_runs interrupt
-        allocator durable""",
+        allocator card durable""",
     "what a run is made of": """ilr_kernels.* config config_* data benchmark_sets choices tasks tasks.* rewards
         rewards.* protocols protocols.* chat prompts models model_folder convert convert_* hub rows environment
         dialogue_rows transcripts""",
     "one agent": """engines engines.* attention tree_plan agent batch credit gradients in_place loading optimizer
-        step_meter weights memory""",
+        step_meter weights memory model_shape activations""",
     "agents together": """hosts hosts.* team rollout context score ability difficulty ranking ranking_* checkpoint
-        failures metrics trackers steplog progress runfolder""",
+        failures metrics trackers steplog progress runfolder plan fill_in plan_command plan_table""",
     "runs": """session heldout interaction alone evaluate evaluate_* benchmarks benchmarks.* train ablate ablate_* merge
         finish show report report.* docs_config ilr_benchmarks.*""",
     "commands": "cli",

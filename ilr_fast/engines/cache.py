@@ -44,8 +44,8 @@ class Copy:
 class SlotCache:
     """The tensors. They appear at a layer's first write, with that layer's heads, dtype and device."""
 
-    def __init__(self, max_slots: int) -> None:
-        self.max_slots = max_slots
+    def __init__(self, max_slots: int, max_tokens: int | None = None) -> None:
+        self.max_slots, self.max_tokens = max_slots, max_tokens
         self.slots = 0
         self.capacity = 0
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
@@ -62,7 +62,8 @@ class SlotCache:
         if slots > self.slots:
             slots = min(max(slots, 2 * self.slots), max(self.max_slots, slots))
         if capacity > self.capacity:
-            capacity = -(-max(capacity, self.capacity * 5 // 4) // GROW_TOKENS) * GROW_TOKENS
+            ahead = min(self.capacity * 5 // 4, self.max_tokens or self.capacity * 5 // 4)
+            capacity = -(-max(capacity, ahead) // GROW_TOKENS) * GROW_TOKENS
         self.slots, self.capacity = max(slots, self.slots), max(capacity, self.capacity)
         for layer, tensors in self._layers.items():
             self._layers[layer] = (self._grown(tensors[0]), self._grown(tensors[1]))

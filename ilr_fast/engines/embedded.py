@@ -85,7 +85,7 @@ class EmbeddedEngine:
         self._stop_tokens = frozenset(stop_tokens)
         self._stops = StopStrings(tokenizer)
         self._batcher = Batcher(slots, token_budget)
-        self._cache = SlotCache(slots)
+        self._cache = SlotCache(slots, self.max_context)
         self._logits: Tensor | None = None
         self._driver: asyncio.Task[None] | None = None
         self._stats = EngineStats()

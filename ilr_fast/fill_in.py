@@ -1,0 +1,203 @@
+"""What is `auto` in a config, for the card at hand; and which keys would make a config fit that does not.
+
+    config = fill_in(config, shapes, machine)               # the fastest settings that fit
+    for remedy in remedies(config, shapes, machine): ...     # each with the plan that it would give
+
+Settings are tried from the fastest on. Smaller micro-batches cost little while they fill the card, states on the host a
+copy of them each way a step, recomputation a third of the training; so that is the order.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from ilr_fast.config import AgentConfig, Config
+from ilr_fast.memory import trained_count
+from ilr_fast.model_shape import ModelShape
+from ilr_fast.plan import Machine, RunPlan, estimated_contexts, place, plan_run
+
+# What a setting costs, as a share of the step's time: the order in which settings are tried. Not measured.
+MICRO_BATCHES = {16384: 0.0, 8192: 0.01, 4096: 0.04, 2048: 0.1, 1024: 0.25, 512: 0.5}
+OFFLOAD_COST, RECOMPUTE_COST = 0.08, 0.25
+DEFAULT_MICRO_BATCH = 8192
+SPARE = 0.04  # of the card, which `auto` leaves free: a plan is not exact
+
+
+class Setting(NamedTuple):
+    """A key of an agent's and a value: `set_key` puts it into a config."""
+
+    agent: str
+    key: str
+    value: Any
+
+    @property
+    def text(self) -> str:
+        value = str(self.value).lower() if isinstance(self.value, bool) else self.value
+        return f"agents.{self.agent}.{self.key}={value}"
+
+
+@dataclass(frozen=True, slots=True)
+class Remedy:
+    """Settings that were tried together, and the plan that they give."""
+
+    settings: tuple[Setting, ...]
+    plan: RunPlan
+
+    @property
+    def text(self) -> str:
+        return " ".join(setting.text for setting in self.settings)
+
+
+def set_keys(config: Config, settings: Sequence[Setting]) -> Config:
+    """The config with the settings in it."""
+    agents = dict(config.agents)
+    for name, path, value in settings:
+        agents[name] = _replaced(agents[name], path.split("."), value)
+    return replace(config, agents=agents)
+
+
+def _replaced(node: Any, path: Sequence[str], value: Any) -> Any:
+    if len(path) == 1:
+        return replace(node, **{path[0]: value})
+    return replace(node, **{path[0]: _replaced(getattr(node, path[0]), path[1:], value)})
+
+
+def fill_in(
+    config: Config, shapes: Mapping[str, ModelShape], machine: Machine, contexts: Mapping[str, int] | None = None
+) -> Config:
+    """The config with a value for each `auto`: the fastest that fits with some room, else the smallest."""
+    contexts = contexts or estimated_contexts(config)
+    smallest, least = None, float("inf")
+    for settings in _choices(config, machine, shapes):
+        chosen = set_keys(config, settings)
+        planned = plan_run(chosen, shapes, machine, contexts)
+        if _has_room(planned):
+            return chosen
+        if (excess := _excess(planned)) < least:
+            smallest, least = chosen, excess
+    assert smallest is not None
+    return smallest
+
+
+def remedies(
+    config: Config, shapes: Mapping[str, ModelShape], machine: Machine, contexts: Mapping[str, int] | None = None
+) -> list[Remedy]:
+    """Single changes that lower the peak of a config without `auto`, and one of several that fits, if there is one."""
+    contexts = contexts or estimated_contexts(config)
+    before = plan_run(config, shapes, machine, contexts)
+    found = []
+    for _, setting in _single(config, machine):
+        remedy = Remedy((setting,), plan_run(set_keys(config, (setting,)), shapes, machine, contexts))
+        if _excess(remedy.plan) < _excess(before):
+            found.append(remedy)
+    if not any(remedy.plan.fits for remedy in found):
+        found += _together(config, shapes, machine, contexts, before)
+    return found
+
+
+def _choices(config: Config, machine: Machine, shapes: Mapping[str, ModelShape]) -> Iterator[tuple[Setting, ...]]:
+    """Every way to fill in what is `auto`, the fastest first."""
+    options: list[list[tuple[float, tuple[Setting, ...]]]] = []
+    autos = [name for name, agent in config.agents.items() if agent.micro_batch_tokens == "auto"]
+    on_cpu = all(place(agent, machine) == "cpu" for agent in config.agents.values())
+    if autos:
+        sizes = {DEFAULT_MICRO_BATCH: 0.0} if on_cpu else MICRO_BATCHES
+        options.append([(c, tuple(Setting(n, "micro_batch_tokens", t) for n in autos)) for t, c in sizes.items()])
+    for name, agent in config.agents.items():
+        if agent.gradient_checkpointing == "auto":
+            key = "gradient_checkpointing"
+            options.append([(0.0, (Setting(name, key, False),)), (RECOMPUTE_COST, (Setting(name, key, True),))])
+        if agent.optimizer.offload == "auto":
+            key, pays = "optimizer.offload", trained_count(agent, shapes[name]) > 10**8
+            kept = [(0.0, (Setting(name, key, "none"),))]
+            options.append([*kept, (OFFLOAD_COST, (Setting(name, key, "host"),))] if pays and not on_cpu else kept)
+    combined = [
+        (sum(cost for cost, _ in chosen), tuple(s for _, settings in chosen for s in settings))
+        for chosen in itertools.product(*options)
+    ]
+    for _, settings in sorted(combined, key=lambda choice: choice[0]):
+        yield settings
+
+
+def _has_room(planned: RunPlan) -> bool:
+    return all(
+        device.capacity is None or device.worst.total <= (1 - SPARE) * device.capacity
+        for device in (*planned.devices, planned.host)
+    )
+
+
+def _excess(planned: RunPlan) -> int:
+    """Bytes beyond what there is, all phases together; without known capacities the peak."""
+    devices = (*planned.devices, planned.host)
+    if all(device.capacity is None for device in devices):
+        return planned.peak
+    return sum(
+        max(0, phase.total - device.capacity)
+        for device in devices if device.capacity is not None for phase in device.phases
+    )  # fmt: skip
+
+
+def _single(config: Config, machine: Machine) -> Iterator[tuple[float, Setting]]:
+    """Changes that may save memory, each with its cost."""
+    for name, agent in config.agents.items():
+        on_card = place(agent, machine) != "cpu"
+        changes = [*_of_engine(agent, on_card), *(_of_training(agent, on_card) if agent.train != "none" else ())]
+        yield from ((cost, Setting(name, key, value)) for cost, key, value in changes)
+
+
+def _of_engine(agent: AgentConfig, on_card: bool) -> Iterator[tuple[float, str, Any]]:
+    if agent.engine.name == "vllm" and agent.engine.cache_gib:
+        yield 0.1, "engine.cache_gib", agent.engine.cache_gib / 2
+    elif agent.engine.slots >= 16:
+        yield 0.1, "engine.slots", agent.engine.slots // 2
+    if agent.dtype == "float32" and on_card:
+        yield 1.0, "dtype", "bfloat16"
+
+
+def _of_training(agent: AgentConfig, on_card: bool) -> Iterator[tuple[float, str, Any]]:
+    tokens, optimizer = agent.micro_batch_tokens, agent.optimizer
+    assert isinstance(tokens, int)
+    if tokens >= 1024:
+        yield 0.05 * 8192 / tokens, "micro_batch_tokens", tokens // 2
+    if not agent.gradient_checkpointing:
+        yield RECOMPUTE_COST, "gradient_checkpointing", True
+    if agent.train == "full" and on_card:
+        if optimizer.offload == "none":
+            yield OFFLOAD_COST, "optimizer.offload", "host"
+        if optimizer.rounding == "copies" and agent.dtype in ("auto", "bfloat16"):
+            yield 0.3, "optimizer.rounding", "stochastic"
+        yield 20.0, "train", "lora"
+    if optimizer.rounding == "stochastic" and optimizer.moments == "float32":
+        yield 0.3, "optimizer.moments", "bfloat16"
+    if agent.train == "lora" and agent.quantize == "none" and agent.engine.name == "embedded" and on_card:
+        yield 10.0, "quantize", "nf4"
+
+
+def _together(
+    config: Config,
+    shapes: Mapping[str, ModelShape],
+    machine: Machine,
+    contexts: Mapping[str, int],
+    before: RunPlan,
+) -> list[Remedy]:
+    """Changes one after the other, those first that bring most for their cost, until it fits; empty where it can't."""
+    taken: dict[tuple[str, str], Setting] = {}
+    excess = _excess(before)
+    while excess:
+        changed, best = set_keys(config, tuple(taken.values())), None
+        for cost, setting in _single(changed, machine):
+            left = _excess(plan_run(set_keys(changed, (setting,)), shapes, machine, contexts))
+            if left < excess and (best is None or (excess - left) / cost > best[0]):
+                best = (excess - left) / cost, setting, left
+        if best is None:
+            return []
+        taken[best[1][:2]], excess = best[1], best[2]
+    for key in list(taken):  # an early change may have become needless
+        fewer = tuple(setting for other, setting in taken.items() if other != key)
+        if plan_run(set_keys(config, fewer), shapes, machine, contexts).fits:
+            del taken[key]
+    settings = tuple(taken.values())
+    return [Remedy(settings, plan_run(set_keys(config, settings), shapes, machine, contexts))]

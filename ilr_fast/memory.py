@@ -1,0 +1,206 @@
+"""What one agent takes in its device's memory, and in the host's, from its config and its model's shape alone.
+
+    memory = agent_memory(config.agents["ada"], config, shape, Use("cuda", context=4096))
+    memory.weights, memory.moments, memory.activations          # bytes
+
+P parameters, of which t are trained, weights of s bytes; what AdamW keeps and a step needs, by `optimizer`:
+
+    rounding     copies of the weights   moments        gradients: backward     in the step
+    copies       4 t (0 where s = 4)     8 t            s t                     4 t
+    stochastic   0                       8 t or 4 t     s t                     s t
+
+The gradients of the embedding and the LM head are float32 sums in either case. `offload: host` keeps copies and moments
+in the host's memory, and stages a part of them on the device. Adapters have the weights' precision. Plans add these up
+by phase (plan.py).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from ilr_kernels.chunks import held_bytes
+
+from ilr_fast.activations import activations, forward_bytes
+from ilr_fast.config import AgentConfig, Config, EngineConfig
+from ilr_fast.model_shape import ModelShape
+
+GIB = 2**30
+SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a number: 4 bits, and scales that are quantized themselves
+STAGED = 2**27  # bytes of a bucket of states that is on its way to or from the host (host_states.py)
+STAGES = 3  # buckets on the device at once
+EMBEDDED_TOKENS = 1024  # prompt tokens of one step of the embedded engine
+EMBEDDED_LOGITS = 2**24  # numbers of logits that it samples from at once
+VLLM_TOKENS = 8192  # prompt tokens of one step of vLLM's
+CACHE_BLOCK = 64  # tokens that the embedded engine's cache grows by
+SPARE_TOKENS = 128  # beyond the context, for each of vLLM's requests
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """How an agent is used: `device` cuda or cpu, and the most tokens that one of its conversations holds."""
+
+    device: Literal["cuda", "cpu"]
+    context: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentMemory:
+    """Bytes on the device, but for the last two, which are the host's.
+
+    Always there: weights (adapters and a reference included), copies, moments. `cache` and `engine` (a copy of the
+    weights, its work space) while it generates; `gradients` and `activations` with `head` in a backward pass, and
+    `step` beyond the gradients while AdamW works.
+    """
+
+    weights: int
+    copies: int
+    moments: int
+    cache: int
+    engine: int
+    gradients: int
+    activations: int
+    head: int
+    step: int
+    host_states: int
+    host_weights: int
+
+    @property
+    def states(self) -> int:
+        """AdamW's, on the device."""
+        return self.copies + self.moments
+
+    @property
+    def update(self) -> int:
+        """What an update takes beside what is always there."""
+        return self.gradients + max(self.activations + self.head, self.step)
+
+
+def agent_memory(agent: AgentConfig, config: Config, shape: ModelShape, use: Use) -> AgentMemory:
+    """The memory of one agent, whose config says nothing that is still `auto` (plan.py fills that in)."""
+    size = weight_size(agent, use.device)
+    whole = shape.count() * size
+    base = _base_weights(agent, shape, size)
+    adapters = shape.adapter_sizes(agent.lora.rank, agent.lora.targets) if agent.train == "lora" else ()
+    reference = whole if agent.train == "full" and config.loss.beta else 0
+    copies, moments = _states(agent, shape, size)
+    away = agent.optimizer.offload == "host"
+    gradients = _gradients(agent, shape, size)
+    return AgentMemory(
+        weights=base + sum(adapters) * size + reference,
+        copies=0 if away else copies,
+        moments=0 if away else moments,
+        cache=_cache(agent.engine, shape, size, use),
+        engine=_engine(agent, shape, size, use),
+        gradients=gradients,
+        activations=_activations(agent, shape, size, use),
+        head=_head(agent, shape, size, use),
+        step=_step(agent, shape, size, gradients),
+        host_states=copies + moments if away else 0,
+        host_weights=whole,
+    )
+
+
+def weight_size(agent: AgentConfig, device: str) -> int:
+    """Bytes of one weight."""
+    return SIZES[("float32" if device == "cpu" else "bfloat16") if agent.dtype == "auto" else agent.dtype]
+
+
+def trained_count(agent: AgentConfig, shape: ModelShape) -> int:
+    """Numbers that AdamW moves."""
+    if agent.train == "none":
+        return 0
+    return sum(shape.adapter_sizes(agent.lora.rank, agent.lora.targets)) if agent.train == "lora" else shape.count()
+
+
+def cache_tokens(engine: EngineConfig, use: Use) -> int:
+    """Tokens that the engine holds keys and values of when all its slots are full."""
+    if engine.name == "vllm":
+        return engine.slots * (use.context + SPARE_TOKENS)
+    return engine.slots * math.ceil(use.context / CACHE_BLOCK) * CACHE_BLOCK
+
+
+def micro_batch(agent: AgentConfig, use: Use) -> int:
+    """Most packed tokens of one pass: a longer conversation is a micro-batch of its own."""
+    assert isinstance(agent.micro_batch_tokens, int)
+    return max(agent.micro_batch_tokens, use.context)
+
+
+def _base_weights(agent: AgentConfig, shape: ModelShape, size: int) -> int:
+    if agent.quantize == "none":
+        return shape.count() * size
+    linear = sum(m.size for m in shape.linears)
+    return int(linear * NF4) + (shape.count() - linear) * size
+
+
+def _states(agent: AgentConfig, shape: ModelShape, size: int) -> tuple[int, int]:
+    """Bytes of float32 copies and of moments."""
+    trained = trained_count(agent, shape)
+    if agent.optimizer.rounding == "copies":
+        return (0 if size == 4 else 4 * trained), 8 * trained
+    return 0, 2 * SIZES[agent.optimizer.moments] * trained
+
+
+def _summed(agent: AgentConfig, shape: ModelShape) -> int:
+    """Numbers of the embedding and the LM head, whose gradients are float32 sums (gradients.py)."""
+    if agent.train != "full":
+        return 0
+    return shape.head.size if shape.tied else shape.head.size + shape.embedding.size
+
+
+def _gradients(agent: AgentConfig, shape: ModelShape, size: int) -> int:
+    summed = _summed(agent, shape)
+    return 4 * summed + size * (trained_count(agent, shape) - summed)
+
+
+def _step(agent: AgentConfig, shape: ModelShape, size: int, gradients: int) -> int:
+    """Bytes beyond the gradients while AdamW works."""
+    trained = trained_count(agent, shape)
+    if agent.optimizer.offload == "host":
+        copies, moments = _states(agent, shape, size)
+        bucket = min(STAGED, copies + moments)
+        return STAGES * bucket + (bucket // 3 if copies else 0)  # and the bucket's gradients in float32
+    if agent.optimizer.rounding == "copies" and size != 4:
+        return 4 * trained - gradients
+    return 0
+
+
+def _cache(engine: EngineConfig, shape: ModelShape, size: int, use: Use) -> int:
+    if engine.name == "vllm" and engine.cache_gib is not None:
+        return int(engine.cache_gib * GIB)
+    return cache_tokens(engine, use) * shape.cache_per_token() * size
+
+
+def _engine(agent: AgentConfig, shape: ModelShape, size: int, use: Use) -> int:
+    """The engine's work space in its largest step, and vLLM's own copy of the weights where it has one."""
+    slots, vocabulary = agent.engine.slots, shape.head.rows
+    if agent.engine.name == "vllm":
+        copy = shape.count() * size if agent.engine.weights == "copy" else 0
+        logits = min(slots, 1024) * vocabulary * (size + 12)
+        return copy + max(forward_bytes(shape, VLLM_TOKENS, size=size), logits)
+    rows = min(slots, max(1, EMBEDDED_LOGITS // vocabulary))
+    scores = slots * shape.heads * use.context * (2 * size + 4) // max(1, shape.query // shape.key)
+    prompts = forward_bytes(shape, EMBEDDED_TOKENS + slots, size=size) + 2 * use.context * shape.query * size
+    return rows * vocabulary * (size + 16) + max(scores, prompts) + _unpacked(agent, shape, size)
+
+
+def _activations(agent: AgentConfig, shape: ModelShape, size: int, use: Use) -> int:
+    if agent.train == "none":
+        return 0
+    recompute = agent.gradient_checkpointing is True
+    tokens = micro_batch(agent, use)
+    return activations(shape, tokens, size=size, recompute=recompute).peak + _unpacked(agent, shape, size)
+
+
+def _unpacked(agent: AgentConfig, shape: ModelShape, size: int) -> int:
+    """A matrix of four bits is unpacked while it is multiplied with."""
+    return max(m.size for m in shape.linears) * size if agent.quantize != "none" else 0
+
+
+def _head(agent: AgentConfig, shape: ModelShape, size: int, use: Use) -> int:
+    if agent.train == "none":
+        return 0
+    dtype = agent.dtype if agent.dtype != "auto" else ("float32" if use.device == "cpu" else "bfloat16")
+    return held_bytes(micro_batch(agent, use), shape.head.rows, shape.hidden, dtype, use.device)
