@@ -104,7 +104,7 @@ class Agent:
         everything = BatchRules(keep_dead=True)
         found: list[tuple[float, ...]] = []
         for sequence in sequences:
-            (batch,) = pack_step([sequence], everything, self.config.micro_batch_tokens, self.device).batches
+            (batch,) = pack_step([sequence], everything, self.config.batch_tokens, self.device).batches
             found.append(tuple(self._reference_logp(batch).tolist()))
         return found
 
@@ -135,7 +135,7 @@ class Agent:
         return self.model if self.config.train == "lora" else load_reference(self.config, where)
 
     def _pack(self, sequences: Sequence[TrainingSequence]) -> PackedStep:
-        return pack_step(sequences, self.rules, self.config.micro_batch_tokens, self.device)
+        return pack_step(sequences, self.rules, self.config.batch_tokens, self.device)
 
     def _given(self, batch: PackedBatch, several: bool, meter: StepMeter) -> Given:
         """π_old and π_ref of a micro-batch, before the first update."""

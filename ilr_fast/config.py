@@ -106,6 +106,11 @@ class AgentConfig:
         False, "Recompute activations in the backward pass: less memory, more time; auto: where they don't fit."
     )
 
+    @property
+    def batch_tokens(self) -> int:
+        """Most packed tokens of a micro-batch, also where nothing has filled in `auto`."""
+        return 8192 if isinstance(self.micro_batch_tokens, str) else self.micro_batch_tokens
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:

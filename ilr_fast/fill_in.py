@@ -112,8 +112,8 @@ def _choices(config: Config, machine: Machine, shapes: Mapping[str, ModelShape])
             options.append([(0.0, (Setting(name, key, False),)), (RECOMPUTE_COST, (Setting(name, key, True),))])
         if agent.optimizer.offload == "auto":
             key, pays = "optimizer.offload", trained_count(agent, shapes[name]) > 10**8
-            kept = [(0.0, (Setting(name, key, "none"),))]
-            options.append([*kept, (OFFLOAD_COST, (Setting(name, key, "host"),))] if pays and not on_cpu else kept)
+            kept, away = (Setting(name, key, "none"),), (Setting(name, key, "host"),)
+            options.append([(0.0, kept), (OFFLOAD_COST, away)] if pays and not on_cpu else [(0.0, kept)])
     combined = [
         (sum(cost for cost, _ in chosen), tuple(s for _, settings in chosen for s in settings))
         for chosen in itertools.product(*options)
@@ -158,8 +158,7 @@ def _of_engine(agent: AgentConfig, on_card: bool) -> Iterator[tuple[float, str, 
 
 
 def _of_training(agent: AgentConfig, on_card: bool) -> Iterator[tuple[float, str, Any]]:
-    tokens, optimizer = agent.micro_batch_tokens, agent.optimizer
-    assert isinstance(tokens, int)
+    tokens, optimizer = agent.batch_tokens, agent.optimizer
     if tokens >= 1024:
         yield 0.05 * 8192 / tokens, "micro_batch_tokens", tokens // 2
     if not agent.gradient_checkpointing:

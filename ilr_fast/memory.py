@@ -124,8 +124,7 @@ def cache_tokens(engine: EngineConfig, use: Use) -> int:
 
 def micro_batch(agent: AgentConfig, use: Use) -> int:
     """Most packed tokens of one pass: a longer conversation is a micro-batch of its own."""
-    assert isinstance(agent.micro_batch_tokens, int)
-    return max(agent.micro_batch_tokens, use.context)
+    return max(agent.batch_tokens, use.context)
 
 
 def _base_weights(agent: AgentConfig, shape: ModelShape, size: int) -> int:

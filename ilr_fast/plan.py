@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from ilr_fast.config import AgentConfig, Config, turn_limit
 from ilr_fast.memory import GIB, AgentMemory, Use, agent_memory
 from ilr_fast.model_shape import ModelShape
 from ilr_fast.protocols import load_protocol
+from ilr_fast.types import Residence
 
 CONTEXT = int(0.55 * GIB)  # a process's CUDA context, its libraries and their work space
 GRAPHS = int(0.3 * GIB)  # vLLM's graphs and work space beside those of a step
@@ -97,9 +97,9 @@ def plan_run(
     memories, places = {}, {}
     for name, agent in config.agents.items():
         places[name] = place(agent, machine)
-        kind = "cpu" if places[name] == "cpu" else "cuda"
         context = min(contexts[name], context_limit(agent, shapes[name]))
-        memories[name] = agent_memory(agent, config, shapes[name], Use(kind, context))
+        use = Use("cpu" if places[name] == "cpu" else "cuda", context)
+        memories[name] = agent_memory(agent, config, shapes[name], use)
     devices = [d for d in dict.fromkeys(places.values()) if d != "cpu"]
     there = {device: {n: m for n, m in memories.items() if places[n] == device} for device in devices}
     plans = [DevicePlan(device, _phases(config, there[device]), machine.devices.get(device)) for device in devices]
@@ -127,9 +127,9 @@ def estimated_contexts(config: Config) -> dict[str, int]:
     return dict.fromkeys(config.agents, tokens)
 
 
-def residence(agent: AgentConfig) -> Literal["awake", "training", "away"]:
-    """What stays of an agent on its device while others are at work: all; no keys and values; nothing."""
-    sleep = getattr(agent.engine, "sleep", "none")
+def residence(agent: AgentConfig) -> Residence:
+    """What stays of an agent on its device while others are at work."""
+    sleep: Residence = getattr(agent.engine, "sleep", "awake")
     if sleep in ("training", "away"):
         return sleep
     return "training" if agent.engine.name == "embedded" else "awake"
