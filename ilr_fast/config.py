@@ -260,6 +260,15 @@ class LogConfig:
     wandb: bool = key(False, "Log to Weights & Biases (its package must be installed).")
     trackio: bool = key(False, "Log to trackio (its package must be installed).")
     logp_warning: float = key(0.5, "Warn where trainer's and engine's log-probs differ by more on average.", low=0)
+    logp_warning_max: float | None = key(
+        5.0, "Warn where those of one token differ by more; null: one token may.", low=0
+    )
+    truncated_warning: float = key(
+        0.1, "Warn where a larger share of the tokens has an importance weight above the cap.", low=0, high=1
+    )
+    noise_every: int | None = key(
+        10, "vllm: steps between measurements of what its log-probs differ by from themselves; null: none.", low=1
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -80,12 +80,6 @@ def _engine(agent: AgentConfig, path: str) -> Iterator[Finding]:
     engine, plain = agent.engine, EngineConfig()
     vllm = engine.name == "vllm"
     yield (
-        vllm and agent.train == "lora",
-        "vLLM does not get adapters that are trained",
-        f"{path}.engine.name",
-        "use `embedded`, or `train: full`",
-    )
-    yield (
         vllm and agent.device.startswith("cuda:") and agent.device != "cuda:0",
         f"vLLM computes on the first device, not on {agent.device}",
         f"{path}.device",

@@ -29,8 +29,8 @@ PHASES = ("generate", "reward", "train", "sync", "swap", "checkpoint", "evaluate
 TOKENS = ("prompt", "generated", "trained", "dropped")
 AGENT = (
     "accuracy", "reward", "calibrated_reward", "groups", "groups_dropped", "cooperation_share", "loss", "entropy",
-    "kl_reference", "logp_diff_mean", "logp_diff_max", "clip_share", "grad_norm", "lr", "memory_peak_gib",
-    "tokens_per_second", "validation_accuracy",
+    "kl_reference", "logp_diff_mean", "logp_diff_max", "engine_noise", "clip_share", "truncated_share", "grad_norm",
+    "lr", "memory_peak_gib", "tokens_per_second", "validation_accuracy",
 )  # fmt: skip
 
 

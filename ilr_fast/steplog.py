@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from ilr_fast.config import LogConfig
 from ilr_fast.types import Credited, StepResult
 
-AGENT_KEYS = ("loss", "entropy", "kl_reference", "logp_diff_mean", "logp_diff_max", "clip_share", "truncated_share",
-              "grad_norm", "lr")
+AGENT_KEYS = ("loss", "entropy", "kl_reference", "logp_diff_mean", "logp_diff_max", "engine_noise", "clip_share",
+              "truncated_share", "grad_norm", "lr")
 
 
 def metrics_row(
@@ -34,11 +35,20 @@ def metrics_row(
     return {"step": step, "tokens": tokens, "failures": len(failures), "agents": agents}
 
 
-def diverging(row: Mapping, limit: float) -> dict[str, float]:
-    """The agents whose mean |trainer's − engine's log-prob| of a token is over `limit` nats in a row, and by how much
-    they differ."""
-    found = {name: agent.get("logp_diff_mean") for name, agent in row["agents"].items()}
-    return {name: value for name, value in found.items() if value is not None and value > limit}
+def diverging(row: Mapping, log: LogConfig) -> dict[str, str]:
+    """The agents whose trainer does not see the distribution that its engine sampled from, and what says so: the first
+    number of the row that is over its limit in the config."""
+    found = {}
+    for name, agent in row["agents"].items():
+        for key, limit, words in (
+            ("logp_diff_mean", "logp_warning", "log-probs of trainer and engine differ by {:.3g} on average"),
+            ("logp_diff_max", "logp_warning_max", "a token's log-probs of trainer and engine differ by {:.3g}"),
+            ("truncated_share", "truncated_warning", "a share of {:.3g} of the importance weights is over the cap"),
+        ):
+            value, most = agent.get(key), getattr(log, limit)
+            if name not in found and value is not None and most is not None and value > most:
+                found[name] = f"{words.format(value)} in step {row['step']}, more than log.{limit} = {most:g}"
+    return found
 
 
 def _agent(

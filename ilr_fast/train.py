@@ -136,15 +136,11 @@ class _Steps:
 
     def warn(self) -> None:
         """Says, once for each agent, that the trainer does not see the distribution that the engine sampled from."""
-        limit = self.config.log.logp_warning
-        for name, difference in diverging(self.row, limit).items():
+        for name, difference in diverging(self.row, self.config.log).items():
             if name not in self.warned:
                 self.warned.add(name)
-                self.session.progress.warn(
-                    f"{name}: log-probs of trainer and engine differ by {difference:.3g} on average in step "
-                    f"{self.row['step']}, more than log.logp_warning = {limit:g}; compare their precision, or correct "
-                    "for it with loss.importance"
-                )
+                remedy = "compare their precision, or correct for it with loss.importance"
+                self.session.progress.warn(f"{name}: {difference}; {remedy}")
 
     def finish(self, step: int, timer: Timer) -> None:
         """Validates and saves where they are due, and writes the row."""

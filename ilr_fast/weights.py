@@ -15,11 +15,15 @@ view must hold its parameter's values, and together they must cover all that the
     copy = WeightCopy(model, engine_model, "agents.ada")
     optimizer.step(...)
     copied = copy()          # bytes
+
+Of a model with adapters (peft) it is the base's parameters that are shared or copied; the adapters themselves go to the
+engine by engines/vllm_lora.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,21 +49,30 @@ def share(model: nn.Module, engine_model: nn.Module, where: str) -> None:
     `model` may still be on another device: a parameter's memory there is given up as its view takes over. Parameter
     objects stay the same, so an optimizer made before or after works on the views.
     """
-    parameters = dict(model.named_parameters())
+    with _without_adapters(engine_model):
+        _share(base_parameters(model), engine_model, where)
+
+
+def _share(parameters: dict[str, nn.Parameter], engine_model: nn.Module, where: str) -> None:
     views = {name: _view(name, parameter, engine_model, where) for name, parameter in parameters.items()}
     _check_coverage(views, engine_model, where)
-    load(model, engine_model, where)
+    _load(parameters, engine_model, where)
     for name, parameter in parameters.items():
         if not torch.equal(views[name], parameter.to(views[name].device)):
             raise CannotShare(f"{name} has other values in the engine than in the trainer", where)
     for name, parameter in parameters.items():
         parameter.data = views[name]
-    check_shared(model, engine_model, where)
+    _check_shared(parameters, engine_model, where)
 
 
 def check_shared(model: nn.Module, engine_model: nn.Module, where: str) -> None:
     """Raises CannotShare for the first parameter of `model` that does not lie where the engine reads."""
-    for name, parameter in model.named_parameters():
+    with _without_adapters(engine_model):
+        _check_shared(base_parameters(model), engine_model, where)
+
+
+def _check_shared(parameters: dict[str, nn.Parameter], engine_model: nn.Module, where: str) -> None:
+    for name, parameter in parameters.items():
         view = _view(name, parameter, engine_model, where)
         if parameter.data_ptr() != view.data_ptr() or parameter.stride() != view.stride():
             raise CannotShare(f"{name} has moved away from the engine's memory", where)
@@ -67,11 +80,16 @@ def check_shared(model: nn.Module, engine_model: nn.Module, where: str) -> None:
 
 def load(model: nn.Module, engine_model: Any, where: str) -> int:
     """Copies all parameters by the engine's own loader; returns the bytes that were copied."""
+    with _without_adapters(engine_model):
+        return _load(base_parameters(model), engine_model, where)
+
+
+def _load(parameters: dict[str, nn.Parameter], engine_model: Any, where: str) -> int:
     copied = 0
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         nonlocal copied
-        for name, parameter in model.named_parameters():
+        for name, parameter in parameters.items():
             copied += parameter.numel() * parameter.element_size()
             yield name, parameter.detach()
 
@@ -90,14 +108,41 @@ class WeightCopy:
 
     def __init__(self, model: nn.Module, engine_model: nn.Module, where: str):
         self._model, self._engine_model, self._where = model, engine_model, where
-        for name, _ in model.named_parameters():
-            if _rows(name, engine_model) is None:
-                kind = type(engine_model).__name__
-                raise UserError(f"{name} has no counterpart in vLLM's {kind}", f"{where}.engine.name", EMBEDDED)
+        with _without_adapters(engine_model):
+            for name in base_parameters(model):
+                if _rows(name, engine_model) is None:
+                    kind = type(engine_model).__name__
+                    raise UserError(f"{name} has no counterpart in vLLM's {kind}", f"{where}.engine.name", EMBEDDED)
 
     def __call__(self) -> int:
         """Copies every parameter, one after the other; returns the bytes."""
         return load(self._model, self._engine_model, self._where)
+
+
+def base_parameters(model: Any) -> dict[str, nn.Parameter]:
+    """The parameters that are no adapter's, by their names in the model without adapters."""
+    if not hasattr(model, "peft_config"):
+        return dict(model.named_parameters())
+    named = model.get_base_model().named_parameters()
+    return {name.replace(".base_layer.", "."): p for name, p in named if ".lora_" not in name}
+
+
+@contextmanager
+def _without_adapters(engine_model: nn.Module) -> Iterator[None]:
+    """The engine's layers as they are below its adapters: what its loader and the names here know."""
+    wrapped = [
+        (parent, name, child)
+        for parent in list(engine_model.modules())
+        for name, child in parent._modules.items()
+        if isinstance(getattr(child, "base_layer", None), nn.Module)
+    ]
+    for parent, name, child in wrapped:
+        parent._modules[name] = child.base_layer  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for parent, name, child in wrapped:
+            parent._modules[name] = child
 
 
 def _view(name: str, parameter: Tensor, engine_model: nn.Module, where: str) -> Tensor:

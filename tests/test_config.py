@@ -108,7 +108,6 @@ def test_out_of_range_names_the_range(write, text, where, remedy):
         (["rollout.top_p=0.9"], "rollout.top_p", "top-p while training"),
         (["top_k=5"], "rollout.top_k", "top-k while training"),
         (["rollout.samples=1"], "rollout.samples", "a group of one"),
-        (["agents.gemma.engine.name=vllm", "agents.gemma.train=lora"], "agents.gemma.engine.name", "vLLM does not get"),
         (["agents.gemma.engine.name=vllm", "agents.gemma.device=cuda:1"], "agents.gemma.device", "the first device"),
         (["agents.gemma.engine.cache_gib=2"], "agents.gemma.engine.cache_gib", "a setting of vLLM's"),
         (["agents.gemma.optimizer.rounding=stochastic", "agents.gemma.dtype=float16"],

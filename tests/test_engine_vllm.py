@@ -58,6 +58,22 @@ def test_log_probs_are_those_of_the_trainer(llama: Any, temperature: float) -> N
         assert results[2].tokens == tuple(tokens.tolist())
 
 
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_the_engines_own_noise(llama: Any, monkeypatch: pytest.MonkeyPatch, temperature: float) -> None:
+    model, engine = llama
+    prompts, samplings = prompts_of([3, 90, 40], shared=20), [Sampling(12, temperature=temperature, seed=3)] * 3
+    engine.weights_changed()
+    assert engine.noise() is None, "nothing was sampled"
+    run(engine, prompts, samplings)
+    noise = engine.noise()
+    assert noise is not None and noise < 1e-6, "in float32 the two agree nearly"
+    assert engine.noise() is None
+    results = run(engine, prompts, samplings)
+    monkeypatch.setattr(engine._noise, "_temperature", temperature / 2)  # prefilled under another temperature
+    assert engine.noise() > 0.1
+    assert run(engine, prompts, samplings)[0].logps == expected(model, prompts[0], results[0], temperature)
+
+
 def test_greedy_and_sampled_requests_in_one_batch(llama: Any) -> None:
     model, engine = llama
     prompts = prompts_of([9, 9, 9, 9])

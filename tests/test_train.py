@@ -17,8 +17,8 @@ from ilr_fast.session import prepare
 SECONDS = {"generate", "reward", "train", "sync", "swap", "checkpoint", "evaluate", "other", "total"}
 AGENT_KEYS = {
     "accuracy", "reward", "calibrated_reward", "groups", "groups_dropped", "cooperation_share", "loss", "entropy",
-    "kl_reference", "logp_diff_mean", "logp_diff_max", "clip_share", "grad_norm", "lr", "memory_peak_gib",
-    "tokens_per_second", "validation_accuracy",
+    "kl_reference", "logp_diff_mean", "logp_diff_max", "engine_noise", "clip_share", "truncated_share", "grad_norm",
+    "lr", "memory_peak_gib", "tokens_per_second", "validation_accuracy",
 }  # fmt: skip
 RESULT_KEYS = {"agent", "method", "benchmark", "mode", "n", "correct", "accuracy", "ci95", "samples", "seed",
                "checkpoint", "tokens_mean"}  # fmt: skip

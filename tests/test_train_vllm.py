@@ -25,10 +25,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return save_models(tmp_path_factory.mktemp("models"))
 
 
-def train(folder: Path, models: Path, host: str = "local", **changes: Any) -> tuple[int, list[dict[str, Any]]]:
+def train(
+    folder: Path, models: Path, host: str = "local", ada: dict[str, Any] | None = None, **changes: Any
+) -> tuple[int, list[dict[str, Any]]]:
     folder.mkdir()
     agents = {
-        "ada": agent(models, engine={**ENGINE, "weights": "share"}, host=host),
+        "ada": agent(models, engine={**ENGINE, "weights": "share"}, host=host, **(ada or {})),
         "bob": agent(models, "bob", engine={**ENGINE, "weights": "copy"}, host=host),
     }
     config = write_config(folder, models, agents=agents, **{"steps": 2, **changes})
@@ -48,6 +50,19 @@ def test_two_agents_train_with_vllm(tmp_path: Path, models: Path, host: str) -> 
             assert told["grad_norm"] > 0 and told["skipped"] is None
             assert told["logp_diff_mean"] < 1e-5 and told["logp_diff_max"] < 1e-4, "the engine lags behind the trainer"
     assert sum(row["tokens"]["prompt_reused"] for row in rows) > 0
+
+
+def test_an_agent_with_adapters_trains_with_vllm(tmp_path: Path, models: Path) -> None:
+    pytest.importorskip("peft")
+    ada = {"train": "lora", "lora": {"rank": 4}, "optimizer": {"lr": 0.05}}
+    status, rows = train(tmp_path / "a", models, ada=ada, loss={"beta": 0.01})
+    assert status == 0 and len(rows) == 2
+    for row in rows:
+        told = row["agents"]["ada"]
+        assert told["grad_norm"] > 0 and told["logp_diff_max"] < 1e-4, "the engine lags behind the trainer"
+    assert rows[0]["agents"]["ada"]["kl_reference"] == pytest.approx(0, abs=1e-6), "no adapter, the reference's policy"
+    assert rows[1]["agents"]["ada"]["kl_reference"] > 1e-6
+    assert rows[0]["agents"]["ada"]["engine_noise"] < 1e-5 and rows[1]["agents"]["ada"]["engine_noise"] is None
 
 
 def test_a_deterministic_run_repeats(tmp_path: Path, models: Path) -> None:

@@ -34,26 +34,28 @@ from ilr_fast.engines.embedded import PASSES_BETWEEN_STEPS, EngineStats
 from ilr_fast.engines.mistakes import mistake_of
 from ilr_fast.engines.stops import Decoder, StopStrings
 from ilr_fast.engines.vllm_core import CoreOptions, open_core
+from ilr_fast.engines.vllm_logps import Noise, float32_logits
+from ilr_fast.engines.vllm_lora import Adapter
+from ilr_fast.engines.vllm_requests import Requests
 from ilr_fast.types import FinishReason, Generation, Residence, Sampling
 from ilr_fast.weights import CannotShare, WeightCopy, check_shared, share
-
-SEEDS = 2**63 - 1  # vLLM's seeds are not negative
 
 
 @dataclass(slots=True, eq=False)
 class _Request:
-    """What has come of one request; `limit` is the most tokens it may sample."""
+    """What has come of one request: it may sample `limit` tokens and began with the weights `version`."""
 
     prompt: list[int]
     limit: int
     sampling: Sampling
     future: asyncio.Future[Generation]
+    version: int
     tokens: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
 
 
 class VllmEngine:
-    """An `Engine` (types.py) on vLLM for a transformers model.
+    """An `Engine` (types.py) on vLLM for a transformers model, which may have adapters (peft) that are trained.
 
     `weights`: `share` makes `model`'s parameters views of the engine's, on the engine's device (CannotShare where that
     can't be); `copy` gives the engine its own; `auto` shares where it can. `device` is where the engine computes, the
@@ -76,11 +78,18 @@ class VllmEngine:
         device, options = device or model.device, options or CoreOptions()
         self._core = open_core(model, options, where, device)
         self.max_context = self._core.max_context
-        self._model, self._where, self._seeded = model, where, seeded
+        self._model, self._where = model, where
         self._copy = self._connect(weights, device)
+        self._adapter = None
+        if hasattr(model, "peft_config"):
+            self._adapter = Adapter(model, self._core.worker, where)
+        float32_logits(self._core.model)
         self._client = self._core.client
         self._vocabulary: int = model.get_input_embeddings().weight.shape[0]
         self._stop_tokens = frozenset(stop_tokens)
+        self._form = Requests(self._stop_tokens, seeded, self._adapter.request if self._adapter else None)
+        self._noise = Noise(self._core, self._form)
+        self._version = 0
         self._stops = StopStrings(tokenizer)
         self._requests: dict[str, _Request] = {}
         self._admission = Admission(options.tokens_in_flight or self._core.cache_tokens, options.slots)
@@ -109,10 +118,14 @@ class VllmEngine:
 
     def weights_changed(self) -> None:
         """Brings changed weights to the engine and drops its prefix cache; running requests go on with the new ones."""
+        self._version += 1
+        self._noise.forget()
         if self._copy is None:
             check_shared(self._model, self._core.model, self._where)
-        else:
+        elif self._adapter is None:
             self._copy()
+        if self._adapter is not None:
+            self._adapter.write()
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()  # vLLM may compute on a stream of its own
         self.forget()
@@ -139,7 +152,7 @@ class VllmEngine:
             return Generation((), (), "error", "", mistake)
         loop = asyncio.get_running_loop()
         limit = min(sampling.max_tokens, self.max_context - len(tokens))
-        request = _Request(list(tokens), limit, sampling, loop.create_future())
+        request = _Request(list(tokens), limit, sampling, loop.create_future(), self._version)
         name = str(next(self._names))
         self._requests[name] = request
         self._stats.tokens_prompt += len(tokens)
@@ -147,6 +160,14 @@ class VllmEngine:
         if self._driver is None or self._driver.done() or self._driver.get_loop() is not loop:
             self._driver = loop.create_task(self._drive())
         return await request.future
+
+    def noise(self) -> float | None:
+        """Mean |log-prob| in nats by which vLLM differs from itself where it decodes and prefills the same tokens.
+
+        Over some requests that were sampled with the present weights; None where there are none, or others still run.
+        """
+        self._drain()
+        return None if self._requests else self._noise.measure()
 
     def close(self) -> None:
         """Ends vLLM's core; its keys and values are freed, shared weights live on in the trainer."""
@@ -172,7 +193,8 @@ class VllmEngine:
             if not self._requests:
                 return
             for name in self._admission.enter():
-                self._client.add_request(self._core_request(name, self._requests[name]))
+                request = self._requests[name]
+                self._client.add_request(self._form.sampling(name, request.prompt, request.sampling, request.limit))
             self.step()
 
     def _connect(self, weights: str, device: torch.device) -> WeightCopy | None:
@@ -190,35 +212,6 @@ class VllmEngine:
         copy = WeightCopy(self._model, self._core.model, self._where)
         copy()
         return copy
-
-    def _core_request(self, name: str, request: _Request) -> Any:
-        from vllm.sampling_params import SamplingParams
-        from vllm.v1.engine import EngineCoreRequest
-
-        sampling = request.sampling
-        parameters = SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            max_tokens=request.limit,
-            seed=sampling.seed & SEEDS if self._seeded and sampling.temperature > 0 else None,
-            stop_token_ids=sorted(self._stop_tokens),
-            ignore_eos=True,
-            logprobs=0,
-            detokenize=False,
-        )
-        return EngineCoreRequest(
-            request_id=name,
-            prompt_token_ids=request.prompt,
-            mm_features=None,
-            sampling_params=parameters,
-            pooling_params=None,
-            arrival_time=time.time(),
-            lora_request=None,
-            cache_salt=None,
-            data_parallel_rank=None,
-            priority=-len(request.prompt),
-        )
 
     def _take(self, outputs: Iterable[Any]) -> None:
         """Adds what a step sampled to its requests and ends those that are complete."""
@@ -256,6 +249,8 @@ class VllmEngine:
         """Hands over the result."""
         request = self._requests.pop(name)
         self._admission.leave(name, sampled=len(request.tokens))
+        if request.version == self._version:
+            self._noise.keep(request.prompt, request.tokens, request.logps, request.sampling.temperature)
         if not request.future.done():
             text = self._stops.before_stop(request.tokens, request.sampling.stop)
             request.future.set_result(Generation(tuple(request.tokens), tuple(request.logps), finish, text))

@@ -21,6 +21,7 @@ import torch
 from packaging.version import Version
 from torch import nn
 
+from ilr_fast.engines.vllm_lora import lora_arguments
 from ilr_fast.engines.vllm_process import (
     class_kept_as_it_is,
     models_inspected_here,
@@ -55,9 +56,10 @@ class CoreOptions:
 
 @dataclass(frozen=True, slots=True)
 class Core:
-    """vLLM's in-process client, its model, and what was settled on."""
+    """vLLM's in-process client, its worker and model, and what was settled on."""
 
     client: Any
+    worker: Any
     model: nn.Module
     max_context: int
     cache_bytes: int
@@ -86,8 +88,13 @@ def check_version(where: str) -> None:
 
 
 def open_core(model: Any, options: CoreOptions, where: str, device: torch.device) -> Core:
-    """An engine core for `model`'s architecture, size and precision on `device`; UserError says what does not fit."""
+    """An engine core for `model`'s architecture, size and precision on `device`; UserError says what does not fit.
+
+    A model with adapters (peft) gets one for its base, with room for the adapter.
+    """
     check_version(where)
+    adapters = lora_arguments(model, where)
+    model = model.get_base_model() if adapters else model
     context = _context(model, options, where)
     cache = _cache_bytes(model, options, context, device, where)
     prepare_process()
@@ -100,7 +107,7 @@ def open_core(model: Any, options: CoreOptions, where: str, device: torch.device
 
         _check_device(device, current_platform.device_type, where)
         _save_config(model, folder)
-        arguments = _arguments(model, options, context, cache, device)
+        arguments = _arguments(model, options, context, cache, device) | adapters
         try:
             with models_inspected_here():
                 config = EngineArgs(model=folder, **arguments).create_engine_config()
@@ -111,7 +118,7 @@ def open_core(model: Any, options: CoreOptions, where: str, device: torch.device
     _live_on(client)
     _open.add(id(client))
     worker = client.engine_core.model_executor.driver_worker
-    return Core(client, worker.get_model(), context, cache, cache // _bytes_per_token(model))
+    return Core(client, worker, worker.get_model(), context, cache, cache // _bytes_per_token(model))
 
 
 def plain_llm(model: Any, options: CoreOptions, folder: str, device: torch.device) -> tuple[Any, Callable[[int], Any]]:

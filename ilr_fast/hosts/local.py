@@ -13,6 +13,7 @@ import gc
 import os
 import resource
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -43,11 +44,14 @@ class LocalHost:
 
     def update(self, sequences: Sequence[TrainingSequence], step: int) -> StepResult:
         """See Host. What the embedded engine has cached goes first, so that its memory is free for training."""
+        noise = None
         if isinstance(self.engine, EmbeddedEngine):
             self.engine.forget()
+        elif (every := self.agent.run.log.noise_every) and (step - 1) % every == 0:
+            noise = self.engine.noise()
         result = self.agent.update(sequences, step)
         self.engine.weights_changed()
-        return result
+        return replace(result, metrics={**result.metrics, "engine_noise": noise})
 
     def start_update(self, sequences: Sequence[TrainingSequence], step: int) -> Callable[[], StepResult]:
         """See Host. In this process the update runs when its result is asked for."""

@@ -1,0 +1,64 @@
+"""Requests in the form that vLLM's core takes: token ids and sampling parameters.
+
+    client.add_request(requests.sampling("7", tokens, Sampling(24, seed=1), limit=24))
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ilr_fast.types import Sampling
+
+SEEDS = 2**63 - 1  # vLLM's seeds are not negative
+
+
+@dataclass(frozen=True, slots=True)
+class Requests:
+    """What all requests of an engine have in common; `lora` is vLLM's name for its adapter, None without one."""
+
+    stop_tokens: Iterable[int] = ()
+    seeded: bool = True
+    lora: Any = None
+
+    def sampling(self, name: str, tokens: Sequence[int], sampling: Sampling, limit: int) -> Any:
+        """A request for at most `limit` tokens and their log-probs. Longer prompts come first."""
+        from vllm.sampling_params import SamplingParams
+
+        parameters = SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=limit,
+            seed=sampling.seed & SEEDS if self.seeded and sampling.temperature > 0 else None,
+            stop_token_ids=sorted(self.stop_tokens),
+            ignore_eos=True,
+            logprobs=0,
+            detokenize=False,
+        )
+        return self._request(name, tokens, parameters, -len(tokens))
+
+    def prompt_logps(self, name: str, tokens: Sequence[int]) -> Any:
+        """A request for the log-probs of `tokens` as a prompt, from the second on; it reads nothing from the cache."""
+        from vllm.sampling_params import SamplingParams
+
+        parameters = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        return self._request(name, tokens, parameters, 0)
+
+    def _request(self, name: str, tokens: Sequence[int], parameters: Any, priority: int) -> Any:
+        from vllm.v1.engine import EngineCoreRequest
+
+        return EngineCoreRequest(
+            request_id=name,
+            prompt_token_ids=list(tokens),
+            mm_features=None,
+            sampling_params=parameters,
+            pooling_params=None,
+            arrival_time=time.time(),
+            lora_request=self.lora,
+            cache_salt=None,
+            data_parallel_rank=None,
+            priority=priority,
+        )
