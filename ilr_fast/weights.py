@@ -130,14 +130,14 @@ def base_parameters(model: Any) -> dict[str, nn.Parameter]:
 @contextmanager
 def _without_adapters(engine_model: nn.Module) -> Iterator[None]:
     """The engine's layers as they are below its adapters: what its loader and the names here know."""
-    wrapped = [
+    wrapped: list[tuple[Any, str, Any]] = [
         (parent, name, child)
         for parent in list(engine_model.modules())
         for name, child in parent._modules.items()
         if isinstance(getattr(child, "base_layer", None), nn.Module)
     ]
     for parent, name, child in wrapped:
-        parent._modules[name] = child.base_layer  # type: ignore[assignment]
+        parent._modules[name] = child.base_layer
     try:
         yield
     finally:
