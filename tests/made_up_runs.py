@@ -12,15 +12,20 @@ import yaml
 from ilr_fast.statistics import accuracy_interval
 
 STAGES = ("sharing", "analysis", "fusion")
+TALK = """so the largest digit of both numbers is compared first because place value decides and if they agree we go on
+to the next one therefore let us check again carefully whether my peer has overlooked a carry in the tens column which
+would change the sum by ten I now think that the second answer is right since it follows from the definition step"""
 HOSTILE = "</pre></script><script>alert(1)</script><img src=x onerror=alert(2)> & \"quoted\" 'text'"
 
 
 def make_run(folder: Path, *, agents=("smollm2", "gemma"), steps=14, planned=None, seed=0, questions=300, lift=0.4,
-             method="ilr", stages=STAGES, evaluated=True, hostile=False) -> Path:
-    """Writes every file of a run folder that a report reads."""
+             method="ilr", stages=STAGES, evaluated=True, hostile=False, dialogues=8, words=0,
+             benchmarks=("test",), modes=("single",)) -> Path:
+    """Writes every file of a run folder that a report reads; `words`: how long agents speak; `dialogues`: in a step."""
     draw = random.Random(seed)
     folder.mkdir(parents=True)
     config = {"run": str(folder), "seed": seed, "steps": planned or steps, "interaction": "dynamic",
+              "protocol": "single" if method == "grpo" else "idea3", "method_of_this_test": method,
               "agents": {name: {"model": f"models/{name}", "optimizer": {"lr": 2e-5}} for name in agents},
               "data": {"train": "task:largest"}, "rollout": {"questions": 8, "samples": 8}}  # fmt: skip
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
@@ -32,8 +37,8 @@ def make_run(folder: Path, *, agents=("smollm2", "gemma"), steps=14, planned=Non
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "dialogues").mkdir()
     for step in range(1, steps + 1):
-        lines = [_dialogue(step, q, sample, skill, lift * step / steps, stages, draw, hostile)
-                 for q in range(4) for sample in range(2)]
+        lines = [_dialogue(step, q, sample, skill, lift * step / steps, stages, draw, hostile, words)
+                 for q in range(dialogues // 2) for sample in range(2)]
         (folder / "dialogues" / f"step_{step:06d}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if steps:
         _write_interaction(folder, agents, steps, draw)
@@ -42,7 +47,7 @@ def make_run(folder: Path, *, agents=("smollm2", "gemma"), steps=14, planned=Non
             "error": HOSTILE if hostile else "gemma, fusion: a prompt of 214 tokens leaves no room",
         }) + "\n")  # fmt: skip
     if evaluated:
-        _write_results(folder, skill, lift, method, questions, draw)
+        _write_results(folder, skill, lift, method, questions, seed, benchmarks, modes)
     return folder
 
 
@@ -72,7 +77,7 @@ def _metrics(step, steps, skill, lift, stages, draw):
             "agents": {name: agent(name) for name in skill}}  # fmt: skip
 
 
-def _dialogue(step, q, sample, skill, lift, stages, draw, hostile):
+def _dialogue(step, q, sample, skill, lift, stages, draw, hostile, words):
     numbers = [draw.randrange(10, 999) for _ in range(3)]
     expected = str(max(numbers))
 
@@ -81,11 +86,16 @@ def _dialogue(step, q, sample, skill, lift, stages, draw, hostile):
         said = expected if right else str(draw.choice(numbers))
         right = said == expected
         message = f"Question: Which number is the largest: {numbers}?" if i == 0 else f"Peer 1 said:\n> {expected}"
-        return {"stage": stage, "interaction": draw.choice(["cooperation", "competition"]), "message": message,
-                "text": HOSTILE if hostile else f" {said}", "finish": draw.choice(["stop", "length"]), "tokens": 4,
-                "answer": said, "correct": right, "formatted": True, "grade": right + 0.1, "grade_error": None,
-                "reward": right + 0.1, "calibrated": right + draw.gauss(0.2, 0.4), "advantage": draw.gauss(0, 1),
-                "error": None, "prompt_ids": [1], "token_ids": [2], "logps": [-0.1]}  # fmt: skip
+        thought, told = (" ".join(draw.choices(TALK.split(), k=words)) for _ in range(2))
+        reward = right + 0.1 * (draw.random() < 0.8)
+        return {"stage": stage, "interaction": stances[i, name], "message": f"{message} {told}",
+                "text": HOSTILE if hostile else f"{thought} {said}", "finish": draw.choice(["stop", "length"]),
+                "tokens": 4 + words, "answer": said, "correct": right, "formatted": True, "grade": reward,
+                "grade_error": None, "reward": reward, "calibrated": reward + draw.gauss(0.1 * reward, 0.15),
+                "advantage": draw.gauss(0, 1), "error": None, "prompt_ids": [7] * (2 * words + 1),
+                "token_ids": [12345] * (words + 1), "logps": [-0.123456] * (words + 1)}  # fmt: skip
+
+    stances = {(i, name): draw.choice(["cooperation", "competition"]) for i in range(len(stages)) for name in skill}
 
     text = HOSTILE if hostile else f"Which number is the largest: {', '.join(map(str, numbers))}?"
     return {"question": f"largest-{step * 4 + q}", "text": text, "answer": expected, "sample": sample,
@@ -102,21 +112,26 @@ def _write_interaction(folder, agents, steps, draw):
         "invalid_windows": {name: 3 for name in agents}}))  # fmt: skip
 
 
-def _write_results(folder, skill, lift, method, questions, draw):
+def _write_results(folder, skill, lift, method, questions, seed, benchmarks, modes):
     rows = []
     (folder / "evaluations").mkdir()
-    luck = {(name, q): draw.random() for name in skill for q in range(questions)}
+    draw = random.Random("luck")  # how hard a question is does not depend on the run's seed
+    luck = {(name, b, q): draw.random() for name in skill for b in benchmarks for q in range(questions)}
+    draw = random.Random(f"results {seed} {method}")
     for label, examples, gain in (("base", None, 0.0), ("base_few_shot", 4, 0.12), ("base_few_shot", 8, 0.1),
                                   (method, None, lift)):  # fmt: skip
-        file = f"evaluations/{label}{f'_{examples}' if examples else ''}_test_single.jsonl"
-        lines = []
-        for name in skill:
-            correct = [0.8 * luck[name, q] + 0.2 * draw.random() < skill[name] + gain for q in range(questions)]
-            lines += [{"agent": name, "question": f"test-{q}", "correct": [c]} for q, c in enumerate(correct)]
-            rows.append({
-                "agent": name, "method": label, "benchmark": "test", "mode": "single", "n": questions,
-                "correct": sum(correct), "accuracy": sum(correct) / questions, "samples": 1, "seed": 0,
-                "ci95": accuracy_interval([[c] for c in correct]), "checkpoint": None, "tokens_mean": 4.2,
-                "examples": examples, "outcomes": file})  # fmt: skip
-        (folder / file).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        for benchmark, mode in [(b, m) for b in benchmarks for m in modes]:
+            file = f"evaluations/{label}{f'_{examples}' if examples else ''}_{benchmark}_{mode}.jsonl"
+            lines = []
+            for place, name in enumerate(skill):
+                bar = skill[name] + gain + {"single": 0.0, "debate": 0.0, "idea3": 0.12 * (-1) ** place}[mode]
+                correct = [0.8 * luck[name, benchmark, q] + 0.2 * draw.random() < bar for q in range(questions)]
+                lines += [{"agent": name, "question": f"{benchmark}-{q}", "correct": [c]}
+                          for q, c in enumerate(correct)]
+                rows.append({
+                    "agent": name, "method": label, "benchmark": benchmark, "mode": mode, "n": questions,
+                    "correct": sum(correct), "accuracy": sum(correct) / questions, "samples": 1, "seed": seed,
+                    "ci95": accuracy_interval([[c] for c in correct]), "checkpoint": None,
+                    "tokens_mean": 4.2 + draw.random(), "examples": examples, "outcomes": file})  # fmt: skip
+            (folder / file).write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "results.json").write_text(json.dumps(rows))

@@ -1,26 +1,27 @@
-"""The report: runs in every state, no text of a model becomes markup, numbers and comparisons are the right ones."""
+"""The report: runs in every state, no text of a model becomes markup, numbers and comparisons are the right ones.
+
+What a person sees and clicks is in test_report_browser.py.
+"""
 
 from __future__ import annotations
 
 import html
 import io
 import json
-import re
 from html.parser import HTMLParser
 
 import pytest
 from made_up_runs import HOSTILE, make_run
+from packed_parts import figures_of, spoken_of
 from rich.console import Console
 
 from ilr_fast.errors import UserError
 from ilr_fast.report import report
-from ilr_fast.report.charts import Chart, Series, curves, running_mean, stacked
+from ilr_fast.report.arms import arms_of, differing_keys
+from ilr_fast.report.bundle import library
 from ilr_fast.report.compare import groups
-from ilr_fast.report.examples import changes, examples
-from ilr_fast.report.interaction import pass_rates
 from ilr_fast.report.runs import read_run, read_runs
-from ilr_fast.report.scales import duration, log_ticks, nice_ticks, number
-from ilr_fast.transcripts import Spoken, Transcript
+from ilr_fast.report.texts import duration, number
 
 
 class Page(HTMLParser):
@@ -55,6 +56,10 @@ def made(folders, **options) -> tuple[str, str]:
     return path.read_text(encoding="utf-8"), out.getvalue()
 
 
+def grouped(paths):
+    return groups(arms_of(read_runs(paths)))
+
+
 @pytest.fixture(scope="module")
 def full(tmp_path_factory):
     return make_run(tmp_path_factory.mktemp("runs") / "full")
@@ -63,12 +68,16 @@ def full(tmp_path_factory):
 def test_full_run_shows_every_section(full):
     page, printed = made([full])
     Page(page)
-    for anchor in ("headline", "results", "learning", "training", "interaction", "dialogues", "failures", "setup"):
+    for anchor in ("headline", "results", "learning", "training", "machine", "interaction", "calibration", "dialogues",
+                   "failures", "setup"):  # fmt: skip
         assert f'<section id="{anchor}">' in page
+    titles = [figure["title"] for figure in figures_of(page)]
     for title in ("Validation accuracy", "Accuracy: fusion", "Calibrated reward", "Share of cooperation", "Entropy",
-                  "Tokens per second", "Peak memory", "Seconds of a step", "Groups without a gradient"):
-        assert f"<b>{title}</b>" in page
-    assert "KL to the reference" not in page  # null in every row: no chart of zeros
+                  "Tokens per second", "Peak memory", "Seconds of a step", "Groups without a gradient",
+                  "Accuracy on test", "Log-probs, trainer against engine", "Calibrated by raw reward",
+                  "Right last answers · gemma"):  # fmt: skip
+        assert title in titles and f"<b>{title}</b>" in page
+    assert "KL to the reference" not in titles  # null in every row: no figure of zeros
     accuracy = next(r for r in json.loads((full / "results.json").read_text()) if r["method"] == "ilr")["accuracy"]
     for text in (page, printed):
         assert f"{100 * accuracy:.1f}%" in text and "base, 4 examples" in text
@@ -82,16 +91,23 @@ def test_page_needs_no_network(full):
             assert attributes.get(name, "#").startswith("#")
     assert "@import" not in page and "url(" not in page
     assert "http://" not in page and "https://" not in page
+    assert "default-src &#39;none&#39;" in page
+
+
+def test_the_same_run_gives_the_same_page(full):
+    assert made([full])[0] == made([full])[0]
 
 
 def test_nothing_a_model_or_a_name_says_becomes_markup(tmp_path):
     run = make_run(tmp_path / '"><script>alert(3)<', agents=("<b>a", "b' onload='x"), steps=2, hostile=True)
     page, _ = made([run])
     tags = Page(page).tags
-    assert sum(tag == "script" for tag, _ in tags) == 1 and not any(tag == "img" for tag, _ in tags)
+    plain = [attributes for tag, attributes in tags if tag == "script"]
+    assert [a.get("id") for a in plain] == ["library", "figures", "spoken", None, None]
+    assert not any(tag == "img" for tag, _ in tags)
     assert not any(name.startswith("on") for _, attributes in tags for name in attributes)
-    assert html.escape(HOSTILE, quote=False)[:40] in page
-    assert "alert(1)" in page  # it is shown, as text
+    assert html.escape(HOSTILE, quote=False)[:40] in page  # in the table of failures, as text
+    assert spoken_of(page)["dialogues"][0]["agents"][0]["turns"][0]["text"] == HOSTILE  # in the packed part alone
 
 
 @pytest.mark.parametrize(
@@ -122,46 +138,122 @@ def test_null_numbers_and_half_a_line(tmp_path):
     (run / "interaction.json").write_text("{")
     page, _ = made([run])
     Page(page)
-    assert "NaN" not in page and ">None<" not in page
-    for data in re.findall(r'data-chart="([^"]*)"', page):
-        for series in json.loads(html.unescape(data))["series"]:
-            assert all(y is None or isinstance(y, (int, float)) for _, y in series["points"])
-    rewards = next(d for d in map(json.loads, map(html.unescape, re.findall(r'data-chart="([^"]*)"', page)))
-                   if d["series"][1]["points"][-1] == [3, None])  # fmt: skip
-    assert rewards["series"][1]["label"] == "gemma"
+    shown = page[: page.index('<script type="text/plain"')]
+    assert "NaN" not in shown and ">None<" not in shown
+    found = {figure["title"]: figure for figure in figures_of(page)}
+    for figure in found.values():
+        for row in figure["spec"]["data"]["values"]:
+            assert all(v is None or v == v for v in row.values())
+    reward = [row for row in found["Reward"]["spec"]["data"]["values"] if row["series"] == "gemma"]
+    assert [row["x"] for row in reward] == [1, 2, 3] and reward[-1]["y"] is None  # a gap, not a zero
+
+
+BROKEN = {
+    "metrics.jsonl": '{"step": 3, "agents": [1, 2], "seconds": 7, "tokens": "x"}\n{"step": true}\n[]\n'
+                     '{"agents": {"a": 3}}\n{"step": 4, "agents": {"gemma": {"accuracy": 2, "reward": "x"}}}',
+    "dialogues/step_000002.jsonl": '{"question": 4, "agents": {"gemma": [3, {"correct": "yes", "reward": "x"}], '
+                                   '"b": 7}, "error": 3}\n{"agents": {}}\n{"a',
+    "interaction.json": '{"abilities": 3, "difficulty": {"gemma": [1], "smollm2": {"largest-4": "x"}}, "windows": [2]}',
+    "results.json": '[{"agent": "gemma"}, 7, {"agent": "gemma", "method": "ilr", "benchmark": "test", "mode": '
+                    '"single", "n": 3, "accuracy": 0.5, "ci95": [null, 1], "samples": null, "outcomes": 9}]',
+    "failures.jsonl": '{"kind": {"a": 1}, "step": [2], "question": 3}\nnull',
+    "environment.json": "[1]",
+    "config.yaml": "steps: many\nagents: 3\nseed: [1]",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("file", BROKEN)
+def test_broken_files_do_not_break_the_report(tmp_path, file):
+    run = make_run(tmp_path / "run", steps=3)
+    (run / file).write_text(BROKEN[file])
+    page, _ = made([run])
+    Page(page)
+    assert '<section id="results">' in page
 
 
 def test_several_runs_side_by_side(tmp_path):
-    runs = [make_run(tmp_path / group / "run", seed=i, method=m, steps=4, lift=0.3)
-            for i, (group, m) in enumerate([("a", "ilr"), ("b", "grpo")])]  # fmt: skip
+    runs = [make_run(tmp_path / group / "run", seed=1, method=m, steps=4, lift=0.3)
+            for group, m in (("a", "ilr"), ("b", "grpo"))]  # fmt: skip
     page, _ = made(runs, out=tmp_path / "both.html")
     Page(page)
-    assert "a/run · smollm2" in page and "b/run · gemma" in page
     assert not (runs[0] / "report.html").exists()
-    methods = [line.method for line in groups(read_runs(runs))[0].lines]
-    assert methods == ["base"] * 2 + ["base_few_shot"] * 4 + ["grpo", "ilr"]
+    assert "<b>a/run</b>" in page and "method_of_this_test" in page  # what differs
+    titles = [figure["title"] for figure in figures_of(page)]
+    assert "Reward · smollm2" in titles and "Reward" not in titles
+    reward = next(f for f in figures_of(page) if f["title"] == "Reward · gemma")
+    assert reward["legend"] == ["a/run", "b/run"]
+    labels = [line.label for line in grouped(runs)[0].lines]
+    assert labels == ["base", "base, 4 examples", "base, 8 examples", "grpo", "ilr"]
+
+
+def test_seeds_are_one_curve_with_a_band_and_one_line(tmp_path):
+    runs = [make_run(tmp_path / f"ilr-seed{s}", seed=s, steps=4) for s in (1, 2, 3)]
+    runs.append(make_run(tmp_path / "grpo", seed=1, method="grpo", steps=4))
+    page, printed = made(runs, out=tmp_path / "all.html")
+    assert [arm.label for arm in arms_of(read_runs(runs))] == ["ilr", "grpo"]
+    reward = next(f for f in figures_of(page) if f["title"] == "Reward · gemma")
+    values = [row for row in reward["spec"]["data"]["values"] if row["series"] == "ilr"]
+    columns = [dict(read_run(run).column("gemma", "reward")) for run in runs[:3]]
+    for row in values:
+        ys = [column[row["x"]] for column in columns]
+        assert row["y"] == pytest.approx(sum(ys) / 3, rel=1e-4) and row["low"] < min(ys) < max(ys) < row["high"]
+    lines = {line.label: line for line in grouped(runs)[0].lines}
+    assert (lines["ilr"].seeds, lines["base"].seeds, lines["grpo"].seeds) == (3, 3, 1)
+    rows = [json.loads((run / "results.json").read_text()) for run in runs[:3]]
+    accuracies = [r["accuracy"] for rows_ in rows for r in rows_ if (r["agent"], r["method"]) == ("smollm2", "ilr")]
+    assert lines["ilr"].accuracy == pytest.approx(sum(accuracies) / 3)
+    assert lines["ilr"].to["base"].n == 900 and lines["ilr"].to["base"].verdict == "better"
+    assert "300, 3 seeds" in page and "300, 3 seeds" in printed
+
+
+def test_a_difference_within_the_interval_is_none(tmp_path):
+    run = make_run(tmp_path / "run", lift=0.01)
+    line = {line.label: line for line in grouped([run])[0].lines}["ilr"]
+    assert line.to["base"].ci95[0] < 0 < line.to["base"].ci95[1]
+    page, printed = made([run])
+    assert '<b class="none">none (−' in page and "none (−" in printed
+
+
+def test_what_differs_between_arms(tmp_path):
+    runs = [make_run(tmp_path / m, method=m, steps=1) for m in ("ilr", "grpo")]
+    assert dict(differing_keys(arms_of(read_runs(runs)))) == {
+        "protocol": ["idea3", "single"], "method_of_this_test": ["ilr", "grpo"]}  # fmt: skip
+
+
+def test_modes_say_who_gains_and_who_loses(tmp_path):
+    run = make_run(tmp_path / "run", modes=("single", "debate", "idea3"), benchmarks=("test", "gsm8k"))
+    page, printed = made([run])
+    assert "who gains, who loses" in page
+    for text in (page, printed):
+        assert "gains +" in text and "loses " in text
+    assert ">Methods and benchmarks<" in page
+
+
+def test_cooperation_ratios_have_a_figure(tmp_path):
+    methods = ("ilr", "ilr_ratio_0", "ilr_ratio_0.25", "ilr_ratio_1")
+    page, _ = made([make_run(tmp_path / m, method=m, steps=1) for m in methods], out=tmp_path / "all.html")
+    figure = next(f for f in figures_of(page) if f["title"] == "Share of cooperation: test")
+    names = [row["name"] for row in figure["spec"]["data"]["values"] if row["series"] == "gemma"]
+    assert sorted(names) == ["0", "0.25", "1", "dynamic"]
 
 
 def test_comparisons_are_paired_and_with_the_best_few_shot_base(full):
-    run = read_run(full)
-    group = groups([run])[0]
-    lines = {line.label: line for line in group.lines}
+    lines = {line.label: line for line in grouped([full])[0].lines}
     base, four, eight, ilr = (lines[k] for k in ("base", "base, 4 examples", "base, 8 examples", "ilr"))
     best = max((four, eight), key=lambda line: line.accuracy)
     assert best.best_few_shot and not (four if best is eight else eight).best_few_shot
-    assert ilr.to_base.difference == pytest.approx(ilr.accuracy - base.accuracy)
-    assert ilr.to_few_shot.difference == pytest.approx(ilr.accuracy - best.accuracy)
-    assert base.to_base is None and four.to_few_shot is None and four.to_base is not None
-    assert ilr.to_base.beats and ilr.to_base.n == 300
+    assert ilr.to["base"].difference == pytest.approx(ilr.accuracy - base.accuracy)
+    assert ilr.to["base_few_shot"].difference == pytest.approx(ilr.accuracy - best.accuracy)
+    assert "base" not in base.to and "base_few_shot" not in four.to and "base" in four.to
+    assert ilr.to["base"].beats and ilr.to["base"].n == 300
 
 
 def test_a_run_without_base_takes_another_runs(tmp_path, full):
     other = make_run(tmp_path / "other", method="grpo", seed=0)
     rows = [r for r in json.loads((other / "results.json").read_text()) if r["method"] == "grpo"]
     (other / "results.json").write_text(json.dumps(rows))
-    line = groups(read_runs([full, other]))[0].lines[-2]
-    assert line.method == "grpo" and line.run == "other"
-    assert line.to_base.n == 300 and line.to_few_shot is not None
+    line = {line.label: line for line in grouped([full, other])[0].lines}["grpo"]
+    assert line.arm == "other" and line.to["base"].n == 300 and line.to["base_few_shot"] is not None
 
 
 def test_outcomes_outside_the_run_are_not_read(tmp_path, full):
@@ -183,67 +275,30 @@ def test_errors(tmp_path):
         report([tmp_path / "one", tmp_path / "one"])
 
 
-def spoken(stage, correct, interaction="cooperation"):
-    return Spoken(stage, interaction, "", "x", "stop", 1, "1", correct, 1.0, 1.0, 0.0)
-
-
-def transcript(number, *answers):
-    agents = {f"a{i}": [spoken("sharing", first), spoken("fusion", last)] for i, (first, last) in enumerate(answers)}
-    return Transcript(1, f"q{number}", "?", "1", 0, "idea3", agents)
-
-
-def test_examples_are_of_each_kind_and_never_the_same_twice():
-    transcripts = [
-        transcript(0, (True, True), (True, True)),
-        transcript(1, (False, True), (True, True)),
-        transcript(2, (True, False), (True, True)),
-        transcript(3, (True, True), (False, False)),
-    ]
-    found = {e.title: e.transcript.question_id for e in examples(transcripts)}
-    assert list(found.values()) == ["q1", "q3", "q0", "q2"]
-    assert [c for c in changes(transcripts) if c.agent == "a0"][0].mended == 1
-    counted = changes(transcripts)[0]
-    assert (counted.n, counted.both_right, counted.mended, counted.spoiled, counted.both_wrong) == (4, 2, 1, 1, 0)
-    assert len(examples([transcript(5, (False, False))])) == 1 and examples([]) == []
-    assert pass_rates([transcript(1, (True, True)), transcript(1, (False, True))], "a0") == {"q1": 0.5}
-
-
-def test_lines_break_where_numbers_do_not_exist():
-    points = [(1, 0.2), (2, None), (3, 0.4), (4, 0.5)]
-    svg = str(curves(Chart("t", "plain", [Series("s", 0, points)])))
-    path = re.search(r'<path d="([^"]*)"', svg).group(1)
-    assert path.count("M") == 2 and path.count("L") == 1
-    assert svg.count("<circle") == 1  # the point that stands alone
-    joined = str(curves(Chart("t", "plain", [Series("s", 0, points, sparse=True)])))
-    assert re.search(r'<path d="([^"]*)"', joined).group(1).count("M") == 1
-    assert curves(Chart("t", "plain", [Series("s", 0, [(1, None)])])) == ""
-    assert running_mean([(1, 2.0), (2, None), (3, 4.0), (4, 6.0)], 2) == [(1, 2.0), (2, None), (3, 3.0), (4, 5.0)]
-
-
-def test_curves_are_drawn_to_scale():
-    svg = str(curves(Chart("t", "plain", [Series("s", 0, [(1, 0.0), (3, 1.0)])], low=0.0, high=1.0)))
-    assert re.search(r'<path d="([^"]*)"', svg).group(1) == "M46.0 184.0L370.0 8.0"
-
-
-def test_stacked_bars_add_up_and_long_runs_are_averaged():
-    a = Series("a", 0, [(s, 2.0) for s in range(1, 601)])
-    b = Series("b", 1, [(s, 1.0) for s in range(1, 601)])
-    svg = str(stacked(Chart("t", "seconds", [a, b])))
-    heights = [float(h) for h in re.findall(r'<rect[^>]*height="([\d.]+)"', svg)]
-    assert len(heights) == 120 and heights[0] == pytest.approx(2 * heights[1], abs=0.2)
-
-
-def test_scales():
-    assert nice_ticks(0, 1.0) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0] and nice_ticks(3, 3) == [3]
-    assert log_ticks(2e-6, 5e-5) == [2e-6, 5e-6, 1e-5, 2e-5, 5e-5]
+def test_numbers_as_texts():
     assert (number(None), number(float("nan")), number(0.0, "percent")) == ("–", "–", "0.0%")
     assert (duration(581), duration(5400), duration(12.34)) == ("9 min 41 s", "1 h 30 min", "12.3 s")
 
 
-def test_many_runs_have_charts_by_agent_and_a_colour_a_run(tmp_path):
-    runs = [make_run(tmp_path / m, seed=i, method=m, steps=3, evaluated=False) for i, m in enumerate(("x", "y", "z"))]
-    page, _ = made(runs, out=tmp_path / "all.html")
-    assert "<b>Reward · smollm2</b>" in page and "<b>Reward · gemma</b>" in page and "<b>Reward</b>" not in page
-    data = [json.loads(html.unescape(d)) for d in re.findall(r'data-chart="([^"]*)"', page)]
-    by_agent = [d["series"] for d in data if [s["label"] for s in d["series"]] == ["x", "y", "z"]]
-    assert len(by_agent) > 10 and len({tuple(s["stroke"] for s in series) for series in by_agent}) == 1
+def test_without_the_plotting_library_the_tables_stand(full, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
+    library.cache_clear()
+    page, printed = made([full])
+    library.cache_clear()
+    for text in (page, printed):
+        assert "pip install vl-convert-python" in text and "base, 4 examples" in text
+
+
+def test_every_figure_is_valid_and_drawn_without_a_browser(tmp_path):
+    """Vega-Lite itself compiles and draws figures of every form; an error of a specification would raise."""
+    import vl_convert
+
+    runs = [make_run(tmp_path / f"ilr-{s}", seed=s, steps=50, agents=("a", "b")) for s in (1, 2)]
+    page, _ = made([*runs, make_run(tmp_path / "grpo", method="grpo", steps=3)], out=tmp_path / "all.html")
+    forms = ("Accuracy on test", "Validation accuracy · a", "Reward · a", "Log-probs, trainer against engine · a",
+             "Seconds of a step · ilr", "Right last answers · a", "Calibrated by raw reward · ilr")  # fmt: skip
+    drawn = [figure for figure in figures_of(page) if figure["title"] in forms]
+    assert len(drawn) == len(forms)
+    for figure in drawn:
+        svg = vl_convert.vegalite_to_svg({**figure["spec"], "width": 300})
+        assert svg.count("<path") > 3, figure["title"]

@@ -1,7 +1,7 @@
 """`ilr-fast report RUN …`: report.html, self-contained: curves, tables, dialogues; the tables in the terminal too.
 
-A run may be unfinished, hold a single agent, or have no evaluation yet. Several runs stand side by side: their curves
-on the same axes, their results in one table; the page is then written into the first run's folder.
+A run may be unfinished, hold a single agent, or have no evaluation yet. Several runs stand side by side, those that
+differ in their seed alone as one; the page is then written into the first run's folder.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from pathlib import Path
 from rich.console import Console
 
 from ilr_fast.durable import disk_errors, write_text
-from ilr_fast.report.compare import groups
+from ilr_fast.report.bundle import MISSING, library
+from ilr_fast.report.content import read_content
 from ilr_fast.report.page import render_page
 from ilr_fast.report.runs import read_runs
-from ilr_fast.report.terminal import print_runs
+from ilr_fast.report.terminal import print_content
 
 
 def report(runs: Sequence[Path], *, out: Path | None = None, console: Console | None = None) -> Path:
@@ -24,12 +25,13 @@ def report(runs: Sequence[Path], *, out: Path | None = None, console: Console | 
     `out`: the file to write; by default report.html in the (first) run's folder. `console`: where the tables go. Raises
     UserError for a folder that is no run, the same run twice, and a place that can't be written.
     """
-    read = read_runs(runs)
-    found = groups(read)
+    content = read_content(read_runs(runs))
     path = out or runs[0] / "report.html"
     with disk_errors(path, "free some space, or give the page another place"):
-        write_text(path, render_page(read, found))
+        write_text(path, render_page(content))
     console = console or Console()
-    print_runs(console, read, found)
+    print_content(console, content)
+    if not library():
+        console.print(MISSING, style="yellow", highlight=False)
     console.print(f"report: {path}", highlight=False, markup=False, soft_wrap=True)
     return path

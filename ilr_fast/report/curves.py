@@ -1,6 +1,7 @@
-"""Which curves a report draws from metrics.jsonl, for one run or several on the same axes.
+"""Which curves a report draws from metrics.jsonl, for one run, several seeds or several arms.
 
-An agent of a run (a run, where there are many) keeps one colour throughout. Charts without a number are left out.
+One arm: all its agents in one figure. Several arms: a figure for each agent, the arms beside each other. Figures
+without a number are left out.
 """
 
 from __future__ import annotations
@@ -8,109 +9,111 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from markupsafe import Markup
-
-from ilr_fast.report.charts import Chart, Series, curves, stacked
+from ilr_fast.report.arms import Arm
 from ilr_fast.report.runs import Run, dig
-from ilr_fast.report.scales import Unit
+from ilr_fast.report.series import Point, Series
+from ilr_fast.report.texts import Unit
+from ilr_fast.report.vega import Axis, Figure, curves, stacked
 
-CURVES = 4  # at most so many in one chart, before each agent gets its own
 PHASES = ("generate", "reward", "train", "sync", "swap", "checkpoint", "evaluate", "other")
-# title, keys below the agent, unit, note
-AGENT_CHARTS: tuple[tuple[str, tuple[str, ...], Unit, str], ...] = (
-    ("Reward", ("reward",), "plain", "mean over turns"),
-    ("Calibrated reward", ("calibrated_reward",), "plain", "with the peers' term"),
-    ("Share of cooperation", ("cooperation_share",), "percent", "the rest competes"),
-    ("Groups without a gradient", ("groups_dropped",), "percent", "dropped / all groups"),
-    ("Entropy", ("entropy",), "plain", "nats per token"),
-    ("KL to the reference", ("kl_reference",), "plain", "nats per token"),
-    ("Gradient norm", ("grad_norm",), "plain", "before clipping"),
-    ("Share of clipped tokens", ("clip_share",), "percent", ""),
-    ("Tokens per second", ("tokens_per_second",), "count", "generated"),
-    ("Peak memory", ("memory_peak_gib",), "gib", "GiB"),
+Row = tuple[str, tuple[str, ...], Unit, str, str]
+# title, keys below the agent, unit, axis, note
+TRAINING: tuple[Row, ...] = (
+    ("Reward", ("reward",), "plain", "reward", "mean over turns"),
+    ("Calibrated reward", ("calibrated_reward",), "plain", "calibrated reward", "with the peers' term"),
+    ("Share of cooperation", ("cooperation_share",), "percent", "cooperation", "the rest competes"),
+    ("Entropy", ("entropy",), "plain", "entropy, nats per token", ""),
+    ("KL to the reference", ("kl_reference",), "plain", "KL, nats per token", ""),
+    ("Gradient norm", ("grad_norm",), "plain", "gradient norm", "before clipping"),
+    ("Share of clipped tokens", ("clip_share",), "percent", "clipped tokens", ""),
+    ("Groups without a gradient", ("groups_dropped",), "percent", "dropped groups", "dropped / all groups"),
+)
+MACHINE: tuple[Row, ...] = (
+    ("Peak memory", ("memory_peak_gib",), "gib", "peak memory, GiB", "of each step"),
+    ("Tokens per second", ("tokens_per_second",), "count", "tokens per second", "generated"),
 )
 
 
-def is_crowded(runs: Sequence[Run]) -> bool:
-    """Whether all agents of all runs are too many curves for one chart; each agent then has charts of its own."""
-    return len(runs) > 1 and sum(len(run.agents) for run in runs) > CURVES
+def label_of(arms: Sequence[Arm], arm: Arm, agent: str) -> str:
+    """What a curve is called: the agent of the only arm, or the arm (figures are by agent then)."""
+    return agent if len(arms) == 1 else arm.label
 
 
-def colours(runs: Sequence[Run]) -> dict[tuple[str, str], int]:
-    """The palette's number for each (run, agent); where charts are parted by agent, a run's."""
-    if is_crowded(runs):
-        return {(run.name, agent): i for i, run in enumerate(runs) for agent in run.agents}
-    return {key: i for i, key in enumerate((run.name, agent) for run in runs for agent in run.agents)}
+def labels_of(arms: Sequence[Arm]) -> list[str]:
+    """All names of curves, in the order of their colours."""
+    return arms[0].agents if len(arms) == 1 else list(dict.fromkeys(arm.label for arm in arms))
 
 
-def learning_charts(runs: Sequence[Run]) -> list[Markup]:
+def learning_figures(arms: Sequence[Arm]) -> list[Figure]:
     """Accuracy: on validation questions, and in the dialogues by stage (one scale for all of them)."""
-    stages = list(dict.fromkeys(stage for run in runs for stage in run.stages))
-    charts = _charts(runs, "Validation accuracy", ("validation_accuracy",), "percent", "alone", sparse=True)
-    for stage in stages:
-        charts += _charts(runs, f"Accuracy: {stage}", ("accuracy", stage), "percent", "in dialogues, sampled")
-    high = min(1.0, max((v for chart in charts for v in chart.values), default=1.0) * 1.08)
-    return _drawn([replace(chart, low=0.0, high=max(high, 0.1)) for chart in charts])
-
-
-def training_charts(runs: Sequence[Run]) -> list[Markup]:
-    """Rewards, interaction, loss statistics, speed and memory."""
-    charts = [chart for row in AGENT_CHARTS[:6] for chart in _charts(runs, *row)]
-    charts += _logp_differences(runs)
-    return _drawn(charts + [chart for row in AGENT_CHARTS[6:] for chart in _charts(runs, *row)])
-
-
-def time_charts(runs: Sequence[Run]) -> list[Markup]:
-    """Seconds of each step by phase, a chart for each run."""
-    drawn = []
-    for run in runs:
-        series = [Series(phase, i, [(row["step"], dig(row, "seconds", phase)) for row in run.metrics])
-                  for i, phase in enumerate(PHASES)]
-        series = [s for s in series if any(y for _, y in s.points)]
-        title = "Seconds of a step" + (f": {run.name}" if len(runs) > 1 else "")
-        drawn.append(stacked(Chart(title, "seconds", series, "by phase")))
-    return [chart for chart in drawn if chart]
-
-
-def series_label(runs: Sequence[Run], run: Run, agent: str) -> str:
-    """The agent; with several runs, the run too."""
-    return f"{run.name} · {agent}" if len(runs) > 1 else agent
-
-
-def _charts(
-    runs: Sequence[Run], title: str, keys: tuple[str, ...], unit: Unit, note: str, *, sparse: bool = False
-) -> list[Chart]:
-    """One chart of all agents of all runs, or one for each agent where they are many."""
-    if not is_crowded(runs):
-        series = [_series(runs, run, agent, keys, sparse) for run in runs for agent in run.agents]
-        return [Chart(title, unit, series, note)]
-    agents = list(dict.fromkeys(agent for run in runs for agent in run.agents))
-    return [
-        Chart(f"{title} · {agent}", unit,
-              [_series(runs, run, agent, keys, sparse) for run in runs if agent in run.agents], note)
-        for agent in agents
+    stages = list(dict.fromkeys(stage for arm in arms for stage in arm.stages))
+    rows: list[tuple[Row, bool]] = [
+        (("Validation accuracy", ("validation_accuracy",), "percent", "right answers", "alone, held-out"), True),
+        *((("Accuracy: " + stage, ("accuracy", stage), "percent", "right answers", "in dialogues, sampled"), False)
+          for stage in stages),
     ]  # fmt: skip
+    values = [y for row, _ in rows for arm in arms for agent in arm.agents
+              for column in _columns(arm, agent, row[1]) for _, y in column if y is not None]  # fmt: skip
+    high = max(0.1, min(1.0, max(values, default=1.0) * 1.05))
+    return [figure for row, sparse in rows for figure in _figures(arms, row, sparse=sparse, high=high)]
 
 
-def _series(runs: Sequence[Run], run: Run, agent: str, keys: tuple[str, ...], sparse: bool = False) -> Series:
-    points = run.column(agent, *keys)
-    if keys == ("groups_dropped",):
-        points = [(x, y / n if y is not None and n else None)
-                  for (x, y), (_, n) in zip(points, run.column(agent, "groups"), strict=True)]
-    label = run.name if is_crowded(runs) else series_label(runs, run, agent)
-    return Series(label, colours(runs)[run.name, agent], points, sparse=sparse)
+def training_figures(arms: Sequence[Arm]) -> list[Figure]:
+    """Rewards, interaction, loss statistics."""
+    return [figure for row in TRAINING for figure in _figures(arms, row)]
 
 
-def _logp_differences(runs: Sequence[Run]) -> list[Chart]:
+def machine_figures(arms: Sequence[Arm]) -> list[Figure]:
+    """Trainer against engine, memory, speed, and the seconds of each step by phase for each arm."""
+    figures = _mismatch(arms) + [figure for row in MACHINE for figure in _figures(arms, row)]
+    for arm in arms:
+        series = [Series(phase, [_phase(run, phase) for run in arm.runs]) for phase in PHASES]
+        title = "Seconds of a step" + (f" · {arm.label}" if len(arms) > 1 else "")
+        drawn = stacked(title, "by phase", Axis("seconds", "seconds"), series)
+        figures += [drawn] if drawn else []
+    return figures
+
+
+def _figures(arms: Sequence[Arm], row: Row, *, sparse: bool = False, high: float | None = None) -> list[Figure]:
+    """One figure of all agents, or one for each agent where there are several arms."""
+    title, keys, unit, axis, note = row
+    found = [
+        curves(title + suffix, note, Axis(axis, unit, high), [replace(s, sparse=sparse) for s in series],
+               labels_of(arms))
+        for suffix, series in _by_figure(arms, keys)
+    ]  # fmt: skip
+    return [figure for figure in found if figure]
+
+
+def _by_figure(arms: Sequence[Arm], keys: tuple[str, ...]) -> list[tuple[str, list[Series]]]:
+    if len(arms) == 1:
+        return [("", [Series(agent, _columns(arms[0], agent, keys)) for agent in arms[0].agents])]
+    agents = list(dict.fromkeys(agent for arm in arms for agent in arm.agents))
+    return [(f" · {agent}", [Series(arm.label, _columns(arm, agent, keys)) for arm in arms if agent in arm.agents])
+            for agent in agents]  # fmt: skip
+
+
+def _columns(arm: Arm, agent: str, keys: tuple[str, ...]) -> list[list[Point]]:
+    columns = []
+    for run in arm.runs:
+        column = run.column(agent, *keys)
+        if keys == ("groups_dropped",):
+            column = [(x, y / n if y is not None and n else None)
+                      for (x, y), (_, n) in zip(column, run.column(agent, "groups"), strict=True)]  # fmt: skip
+        columns.append(column)
+    return columns
+
+
+def _mismatch(arms: Sequence[Arm]) -> list[Figure]:
     """Mean (solid) and largest (dashed) difference between the trainer's log-probs and the engine's."""
-    means = _charts(runs, "Log-probs, trainer against engine", ("logp_diff_mean",), "plain", "")
-    largest = _charts(runs, "", ("logp_diff_max",), "plain", "")
-    return [
-        replace(mean, log=True, series=[replace(s, label=f"{s.label}, mean") for s in mean.series]
-                + [replace(s, label=f"{s.label}, max", dash=1) for s in high.series])
-        for mean, high in zip(means, largest, strict=True)
-    ]  # fmt: skip
+    means, largest = (_by_figure(arms, (key,)) for key in ("logp_diff_mean", "logp_diff_max"))
+    figures = []
+    for (suffix, mean), (_, most) in zip(means, largest, strict=True):
+        series = [*mean, *(replace(s, dashed=True) for s in most)]
+        figures.append(curves(f"Log-probs, trainer against engine{suffix}", "mean; dashed: the largest",
+                              Axis("difference, nats", "plain", log=True), series, labels_of(arms)))  # fmt: skip
+    return [figure for figure in figures if figure]
 
 
-def _drawn(charts: Sequence[Chart]) -> list[Markup]:
-    return [svg for svg in map(curves, charts) if svg]
+def _phase(run: Run, phase: str) -> list[Point]:
+    return [(row["step"], dig(row, "seconds", phase)) for row in run.metrics]

@@ -8,14 +8,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ilr_fast.data import TASK
 from ilr_fast.errors import UserError
-from ilr_fast.transcripts import Transcript, read_jsonl, read_steps, read_transcripts
+from ilr_fast.transcripts import read_jsonl
 
 Row = Mapping[str, Any]
 STAGES = ("single", "answer", "sharing", "analysis", "fusion")
@@ -36,32 +37,45 @@ class Run:
     @property
     def agents(self) -> list[str]:
         """Agents in the config's order; those of the rows where the config is gone."""
-        named = list(self.config.get("agents") or {})
-        logged = [agent for row in self.metrics for agent in row.get("agents") or {}]
+        named = list(mapping(self.config.get("agents")))
+        logged = [agent for row in self.metrics for agent in mapping(row.get("agents"))]
         return list(dict.fromkeys(named + logged + [str(row["agent"]) for row in self.results]))
 
     @property
+    def learners(self) -> list[str]:
+        """The agents that are trained; all where the config freezes none, or all."""
+        agents = mapping(self.config.get("agents"))
+        return [a for a in self.agents if mapping(agents.get(a)).get("train") != "none"] or self.agents
+
+    @property
     def steps_planned(self) -> int | None:
-        return self.config.get("steps")
+        planned = dig(self.config, "steps")
+        return None if planned is None else int(planned)
 
     @property
     def steps_done(self) -> int:
         return max((int(row["step"]) for row in self.metrics), default=0)
 
     @property
+    def is_finished(self) -> bool:
+        """Whether all planned steps are done."""
+        return self.steps_planned is not None and self.steps_done >= self.steps_planned
+
+    @property
+    def seed(self) -> int | None:
+        seed = dig(self.config, "seed")
+        return None if seed is None else int(seed)
+
+    @property
     def stages(self) -> list[str]:
         """The stages that were graded, in the order in which they are spoken."""
-        found = {s for row in self.metrics for a in (row.get("agents") or {}).values() for s in a.get("accuracy") or {}}
+        agents = [mapping(a) for row in self.metrics for a in mapping(row.get("agents")).values()]
+        found = {stage for agent in agents for stage in mapping(agent.get("accuracy"))}
         return sorted(found, key=lambda s: (STAGES.index(s) if s in STAGES else len(STAGES), s))
 
     def column(self, agent: str, *keys: str) -> list[tuple[float, float | None]]:
         """A number of one agent over the steps; None where it does not exist."""
         return [(row["step"], dig(row, "agents", agent, *keys)) for row in self.metrics]
-
-    @cached_property
-    def transcripts(self) -> list[Transcript]:
-        """The dialogues of the newest steps (up to 8), newest first."""
-        return [t for step in reversed(read_steps(self.path)[-8:]) for t in read_transcripts(self.path, step)]
 
     def outcomes(self, row: Row) -> dict[str, list[bool]]:
         """Right or wrong by question for a results row, from the file that it names; {} where there is none."""
@@ -69,8 +83,17 @@ class Run:
         path = self.path / str(name)
         if not name or not path.resolve().is_relative_to(self.path.resolve()):
             return {}
-        return {str(r["question"]): [bool(c) for c in r["correct"]] for r in read_jsonl(path)
-                if r.get("agent") == row.get("agent") and isinstance(r.get("correct"), list)}
+        return outcomes_by_agent(path).get(str(row.get("agent")), {})
+
+
+@lru_cache(maxsize=4096)
+def outcomes_by_agent(path: Path) -> dict[str, dict[str, list[bool]]]:
+    """Right or wrong by agent and question, of a file in evaluations/; read once, as every comparison needs it."""
+    found: dict[str, dict[str, list[bool]]] = {}
+    for row in read_jsonl(path):
+        if isinstance(row.get("correct"), list):
+            found.setdefault(str(row.get("agent")), {})[str(row.get("question"))] = [bool(c) for c in row["correct"]]
+    return found
 
 
 def read_run(path: Path, name: str | None = None) -> Run:
@@ -108,16 +131,29 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     return runs
 
 
+def mapping(value: Any) -> Mapping[str, Any]:
+    """The value where it is a mapping; an empty one for anything else, such as a field that is missing or broken."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def asks_anew(run: Run, benchmark: str) -> bool:
+    """Whether the seed draws the questions of a benchmark: those of a generated task, and a part of the training data."""
+    source = mapping(run.config.get("data")).get("test") if benchmark == "test" else benchmark
+    return source is None or str(source).startswith(TASK)
+
+
 def dig(row: Any, *keys: str) -> float | None:
     """A number inside nested mappings; None where a key, or the number, does not exist."""
     for key in keys:
         row = row.get(key) if isinstance(row, Mapping) else None
-    return float(row) if isinstance(row, (int, float)) and row == row and abs(row) != float("inf") else None
+    is_number = isinstance(row, (int, float)) and not isinstance(row, bool)
+    return float(row) if is_number and row == row and abs(row) != float("inf") else None
 
 
 def _is_result(row: Any) -> bool:
-    wanted = ("agent", "method", "benchmark", "mode", "n", "accuracy")
-    return isinstance(row, dict) and all(row.get(key) is not None for key in wanted)
+    named = ("agent", "method", "benchmark", "mode")
+    return (isinstance(row, dict) and all(isinstance(row.get(key), str) for key in named)
+            and all(dig(row, key) is not None for key in ("n", "accuracy")))
 
 
 def _read_config(path: Path) -> Row:

@@ -9,43 +9,56 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ilr_fast.report.compare import Group, Line, method_label
-from ilr_fast.report.page import difference_class, difference_text, group_title, interval_text, status
-from ilr_fast.report.runs import Row, Run
-from ilr_fast.report.scales import number
+from ilr_fast.report.compare import Group, Line, group_title, method_label
+from ilr_fast.report.content import Content
+from ilr_fast.report.overview import Table as Overview
+from ilr_fast.report.overview import benchmark_tables, line_name, mode_tables
+from ilr_fast.report.runs import Row
+from ilr_fast.report.status import status
+from ilr_fast.report.texts import difference_class, difference_text, interval_text, number, questions_text
 from ilr_fast.statistics import PairedDifference
 
-COLOURS = {"beats": "green", "worse": "red", "": ""}
+COLOURS = {"better": "green", "worse": "red"}
+AGAINST = {"base": "against base", "base_few_shot": "against best\nfew-shot base", "grpo": "against GRPO"}
 
 
-def print_runs(console: Console, runs: Sequence[Run], groups: Sequence[Group]) -> None:
-    """How far each run is, then its results."""
-    for run in runs:
+def print_content(console: Console, content: Content) -> None:
+    """How far each run is, then its results: by benchmark, by inference mode, and each group's own table."""
+    for run in content.runs:
         console.print(f"[bold]{escape(run.name)}[/]  {escape(status(run))}", highlight=False)
         if run.failures:
             console.print(f"[yellow]{len(run.failures)} failures were recorded[/]", highlight=False)
-    if not groups:
+    if not content.groups:
         console.print("no evaluation yet", style="dim")
-    print_groups(console, groups, with_run=len(runs) > 1)
+    with_arm = len(content.arms) > 1
+    for overview in (benchmark_tables, mode_tables):
+        for table in overview(content.groups, with_arm=with_arm):
+            _print_overview(console, table)
+    for group in content.groups:
+        _print_group(console, group, with_arm)
 
 
-def print_groups(console: Console, groups: Sequence[Group], *, with_run: bool = False) -> None:
-    """One table for each agent, benchmark and mode; bold green where a paired interval lies above 0."""
-    for group in groups:
-        compared = any(line.to_base or line.to_few_shot for line in group.lines)
-        title = escape(f"{group_title(group)}, {_questions(group)}")
-        table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
-        if with_run:
-            table.add_column("run", overflow="fold")
-        table.add_column("method", overflow="fold")
-        for name in ("right", "95%"):
-            table.add_column(name, justify="right", no_wrap=True)
-        if compared:
-            table.add_column("against base", justify="right", no_wrap=True)
-            table.add_column("against best\nfew-shot base", justify="right", no_wrap=True)
-        for line in group.lines:
-            table.add_row(*_cells(line, with_run, compared, console.width < 110))
-        console.print(table)
+def _print_group(console: Console, group: Group, with_arm: bool) -> None:
+    """One agent on one benchmark in one mode; bold green where a paired interval lies above 0."""
+    references = [name for name in AGAINST if any(line.to.get(name) for line in group.lines)]
+    title = escape(f"{group_title(group)}, {_questions(group)}")
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    table.add_column("method", overflow="fold")
+    for name in ("right", "95%", *(AGAINST[reference] for reference in references)):
+        table.add_column(name, justify="right", no_wrap=True)
+    for line in group.lines:
+        table.add_row(*_cells(line, with_arm, references, console.width < 80 + 22 * len(references) - 14))
+    console.print(table)
+
+
+def _print_overview(console: Console, overview: Overview) -> None:
+    table = Table(title=escape(overview.title), title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    for number_, name in enumerate(overview.head):
+        table.add_column(escape(name), justify="right" if number_ else "left", overflow="fold")
+    for row in overview.rows:
+        texts = ["\n".join(filter(None, (cell.text, cell.note))) for cell in row]
+        table.add_row(*(_in_colour(escape(text), cell.verdict) for text, cell in zip(texts, row, strict=True)))
+    console.print(table)
 
 
 def print_rows(console: Console, rows: Sequence[Row]) -> None:
@@ -73,20 +86,23 @@ def print_rows(console: Console, rows: Sequence[Row]) -> None:
     console.print(table)
 
 
-def _cells(line: Line, with_run: bool, compared: bool, narrow: bool) -> list[str]:
-    cells = [escape(line.run)] if with_run else []
-    cells += [escape(line.label), number(line.accuracy, "percent"), interval_text(line.ci95)]
-    return cells + ([_colored(d, narrow) for d in (line.to_base, line.to_few_shot)] if compared else [])
+def _cells(line: Line, with_arm: bool, references: Sequence[str], narrow: bool) -> list[str]:
+    cells = [escape(line_name(line, with_arm)), number(line.accuracy, "percent"), interval_text(line.ci95)]
+    return cells + [_difference(line.to.get(reference), narrow) for reference in references]
 
 
 def _questions(group: Group) -> str:
-    """How many questions, and how many answers to each."""
-    sizes = dict.fromkeys(f"{line.n} × {line.samples}" if line.samples > 1 else str(line.n) for line in group.lines)
+    """How many questions, how many answers to each, and seeds."""
+    sizes = dict.fromkeys(questions_text(line.n, line.samples, line.seeds) for line in group.lines)
     return f"n = {' / '.join(sizes)}"
 
 
-def _colored(difference: PairedDifference | None, narrow: bool) -> str:
-    colour = COLOURS[difference_class(difference)]
+def _difference(difference: PairedDifference | None, narrow: bool) -> str:
     text = difference_text(difference)
     text = text.replace(" (", "\n(").replace(" to ", "…") if narrow else text
+    return _in_colour(text, difference_class(difference))
+
+
+def _in_colour(text: str, verdict: str) -> str:
+    colour = COLOURS.get(verdict)
     return f"[bold {colour}]{text}[/]" if colour else text

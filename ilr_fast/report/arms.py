@@ -1,0 +1,100 @@
+"""Runs that differ in nothing but their seed are one arm: their curves become a mean with a band, their results a line.
+
+>>> common_name(["runs/ilr-seed1", "runs/ilr-seed2"]), common_name(["1/grpo", "2/grpo"]), common_name(["a", "b"])
+('runs/ilr', 'grpo', None)
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os.path import commonprefix
+from typing import Any
+
+from ilr_fast.report.runs import Row, Run, mapping
+
+# What may differ between the runs of one arm: nothing of it changes what is learned but the draw.
+_NOT_COMPARED = {"run", "seed", "log", "checkpoint", "threads", "steps", "evaluate", "deterministic"}
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """The runs of one config, by seed."""
+
+    label: str
+    runs: Sequence[Run]
+
+    @property
+    def agents(self) -> list[str]:
+        """Those that learn: a frozen peer has no curve."""
+        return list(dict.fromkeys(agent for run in self.runs for agent in run.learners))
+
+    @property
+    def stages(self) -> list[str]:
+        return list(dict.fromkeys(stage for run in self.runs for stage in run.stages))
+
+
+def arms_of(runs: Sequence[Run]) -> list[Arm]:
+    """The runs as arms, in the order in which they are named; a run without a config is an arm of its own."""
+    members: dict[str, list[Run]] = {}
+    for run in runs:
+        members.setdefault(_identity(run.config) if run.config else f"run {run.name}", []).append(run)
+    arms = [Arm(_label(group), group) for group in members.values()]
+    shared = Counter((arm.label, agent) for arm in arms for agent in arm.agents)  # `grpo` of two agents are two arms
+    return [Arm(arm.runs[0].name, arm.runs) if any(shared[arm.label, a] > 1 for a in arm.agents) else arm
+            for arm in arms]  # fmt: skip
+
+
+def common_name(names: Sequence[str]) -> str | None:
+    """What names that differ in a number share: the part before it, or behind it; None where that says nothing."""
+    before = re.sub(r"(?:[^0-9A-Za-z]*(?:seed|s|run))?[^0-9A-Za-z]*$", "", re.sub(r"\d+$", "", commonprefix(names)))
+    behind = commonprefix([name[::-1] for name in names])[::-1]
+    behind = behind.partition("/")[2] if "/" in behind else ""
+    return next((part for part in (before, behind) if re.search(r"[A-Za-z]", part)), None)
+
+
+def differing_keys(arms: Sequence[Arm]) -> list[tuple[str, list[str]]]:
+    """The config keys in which the arms differ, each with every arm's value; "–" where an arm has no such key."""
+    flat = [_flat(_compared(arm.runs[0].config)) for arm in arms]
+    keys = list(dict.fromkeys(key for one in flat for key in one))
+    rows = [(key, [_text(one.get(key)) for one in flat]) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def _label(runs: Sequence[Run]) -> str:
+    """What the runs' names share, without the name of the only agent that learns; else their method."""
+    if len(runs) == 1:
+        return _without_agent(re.sub(r"-seed\d+$", "", runs[0].name), runs[0])
+    methods = {str(row["method"]) for run in runs for row in run.results if not str(row["method"]).startswith("base")}
+    shared = common_name([run.name for run in runs])
+    return _without_agent(shared, runs[0]) if shared else (methods.pop() if len(methods) == 1 else f"{runs[0].name} and {len(runs) - 1} more")
+
+
+def _without_agent(name: str, run: Run) -> str:
+    """`grpo` of `grpo-gemma`, so that it has one name, and one colour, beside the figures of every agent."""
+    return name.removesuffix(f"-{run.learners[0]}") or name if len(run.learners) == 1 else name
+
+
+def _identity(config: Row) -> str:
+    return json.dumps(_compared(config), sort_keys=True, default=str)
+
+
+def _compared(config: Row) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in _NOT_COMPARED}
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        nested = mapping(value)
+        flat |= _flat(nested, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "–"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
