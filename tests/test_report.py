@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import io
 import json
+import sys
 from html.parser import HTMLParser
 
 import pytest

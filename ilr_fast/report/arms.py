@@ -68,9 +68,11 @@ def _label(runs: Sequence[Run]) -> str:
     """What the runs' names share, without the name of the only agent that learns; else their method."""
     if len(runs) == 1:
         return _without_agent(re.sub(r"-seed\d+$", "", runs[0].name), runs[0])
-    methods = {str(row["method"]) for run in runs for row in run.results if not str(row["method"]).startswith("base")}
     shared = common_name([run.name for run in runs])
-    return _without_agent(shared, runs[0]) if shared else (methods.pop() if len(methods) == 1 else f"{runs[0].name} and {len(runs) - 1} more")
+    if shared:
+        return _without_agent(shared, runs[0])
+    methods = {str(row["method"]) for run in runs for row in run.results if not str(row["method"]).startswith("base")}
+    return methods.pop() if len(methods) == 1 else f"{runs[0].name} and {len(runs) - 1} more"
 
 
 def _without_agent(name: str, run: Run) -> str:

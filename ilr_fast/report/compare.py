@@ -1,8 +1,8 @@
 """Results rows beside each other: each method's accuracy, its difference to base, to the best few-shot base, to GRPO.
 
 The runs of one arm (arms.py) are one line, over all their seeds; the base models of all runs that start from the same
-model are one line too. Differences are paired on the same questions, seed by seed; where the two have no seed in common,
-with the reference's first. The interval over several seeds is that of statistics_runs.py.
+model are one line too. Differences are paired on the same questions, seed by seed; where the two have no seed in
+common, with the reference's first. The interval over several seeds is that of statistics_runs.py.
 
 The best few-shot base is the one with the highest accuracy on the very questions it is compared on. Taking the maximum
 on held-out questions flatters the base, never us.

@@ -137,7 +137,7 @@ def mapping(value: Any) -> Mapping[str, Any]:
 
 
 def asks_anew(run: Run, benchmark: str) -> bool:
-    """Whether the seed draws the questions of a benchmark: those of a generated task, and a part of the training data."""
+    """Whether the seed draws the benchmark's questions: those of a generated task, and a part of the training data."""
     source = mapping(run.config.get("data")).get("test") if benchmark == "test" else benchmark
     return source is None or str(source).startswith(TASK)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from math import ceil, floor, log10
 from typing import Any
 
+from ilr_fast.report import theme
 from ilr_fast.report.series import Series, placed, short
 from ilr_fast.report.texts import Unit
 
@@ -20,6 +21,7 @@ HEIGHT = 200
 FORMATS: Mapping[Unit, str] = {"percent": ".1%", "plain": ".4~g", "count": ".3~s", "seconds": ".3~g", "gib": ".3~g"}
 AXES: Mapping[Unit, Spec] = {"percent": {"format": ".0%"}, "count": {"format": "~s"}}
 BARS = 60
+COLOURS = len(theme.LIGHT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +63,7 @@ def curves(title: str, note: str, axis: Axis, series: Sequence[Series], labels: 
         layers.append(_layer({"type": "area", "opacity": 0.18}, base, y={**y, "field": "low"}, y2={"field": "high"}))
     if any(row["raw"] is not None and row["raw"] != row["y"] for row in rows):
         layers.append(_layer({"type": "line", "strokeWidth": 1, "opacity": 0.3}, base, y={**y, "field": "raw"}))
-    dashes = {"condition": {"test": _any_of("id", [f"c{i}" for i, s in enumerate(found) if s.dashed]), "value": [5, 3]},
-              "value": [1, 0]}  # fmt: skip
-    dashed = {"strokeDash": dashes} if any(s.dashed for s in found) else {}
+    dashed = _dashes(found, colour)
     layers.append(_layer({"type": "line", "strokeWidth": 2}, base, y=y, **dashed))
     if any(s.sparse for s in found) or len(places) <= 2:
         layers.append(_layer({"type": "point", "filled": True, "size": 36, "opacity": 1}, base, y=y))
@@ -159,6 +159,18 @@ def _layer(mark: Spec, base: Spec, **encoding: Any) -> Spec:
     return {"mark": mark, "encoding": {**base, **encoding}}
 
 
+def _dashes(series: Sequence[Series], colour: Spec) -> Spec:
+    """Dashes for a second number of the same thing; else for names beyond the palette, whose colours come again."""
+    if any(s.dashed for s in series):
+        second = {"field": "id", "oneOf": [f"c{i}" for i, s in enumerate(series) if s.dashed]}
+        return {"strokeDash": {"condition": {"test": second, "value": [5, 3]}, "value": [1, 0]}}
+    domain = colour["scale"]["domain"]
+    if len(domain) <= COLOURS:
+        return {}
+    dashes = [[1, 0] if i < COLOURS else [5, 3] for i in range(len(domain))]
+    return {"strokeDash": {**colour, "scale": {"domain": domain, "range": dashes}}}
+
+
 def _value(axis: Axis, rows: Sequence[Mapping[str, Any]]) -> Spec:
     """The encoding of values: from 0 where 0 is near, shares always; logarithmic where asked for and data is wide."""
     values = [v for row in rows for key in ("y", "low", "high", "raw") if (v := row.get(key)) is not None]
@@ -204,7 +216,3 @@ def _pointer(x: Spec, unit: Unit, series: Sequence[Series]) -> Spec:
         "mark": {"type": "rule"},
         "encoding": {"x": x, "opacity": shown, "tooltip": [{"field": "x", "title": "step"}, *several]},
     }  # fmt: skip
-
-
-def _any_of(field: str, values: Sequence[str]) -> Spec:
-    return {"field": field, "oneOf": list(values)}
