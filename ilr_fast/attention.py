@@ -28,14 +28,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from ilr_fast.errors import UserError
+from ilr_fast.flash_attention import flash_attention, usable
 from ilr_fast.tree_plan import PackedSequences, TreePlan, pack_sequences, tree_plan
-
-try:
-    from torch.nn.attention import varlen as _varlen_module
-except ImportError:  # torch older than 2.10
-    varlen_attn: Any = None
-else:
-    varlen_attn = _varlen_module.varlen_attn
 
 __all__ = [
     "IMPLEMENTATION",
@@ -181,8 +175,10 @@ def _ordinary(
 
 
 def _tree_attention(plan: TreePlan, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
-    if _varlen_fits(plan, query, settings):
-        return _varlen(plan, query, key, value, settings)
+    if usable(plan, query, settings.softcap, settings.dropout):
+        q_THD, k_TKD, v_TKD = (x[0].transpose(0, 1) for x in (query, key, value))
+        window = plan.window(settings.window)
+        return flash_attention(q_THD, k_TKD, v_TKD, plan.segments(query.device), settings.scale, window)[None]
     masks = plan.masks(settings.window, query.dtype, query.device)
     queries = query.split([block.end - block.start for block in plan.blocks], dim=2)
     # One split, not a slice a block: a slice's backward fills a whole row with zeros.
@@ -241,32 +237,6 @@ def scores_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, se
     weights = (scores + mask).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     weights = F.dropout(weights, settings.dropout, training=settings.dropout > 0)
     return (weights @ value[:, :, None]).reshape(batch, heads, queries, value.shape[-1])
-
-
-def _varlen_fits(plan: TreePlan, query: Tensor, settings: AttentionSettings) -> bool:
-    """torch's ragged flash kernel: half precision on CUDA, sequences without common prefixes."""
-    if varlen_attn is None or query.device.type != "cuda" or query.dtype == torch.float32:
-        return False
-    return settings.softcap is None and settings.dropout == 0 and query.shape[-1] <= 256 and not plan.shares_prefixes
-
-
-def _varlen(plan: TreePlan, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
-    starts, longest = plan.cu_seqlens(query.device), plan.longest()
-    groups = query.shape[1] // key.shape[1]
-    q_THD, k_TKD, v_TKD = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-    window = (-1 if settings.window is None else settings.window - 1, 0)
-    return varlen_attn(
-        q_THD,
-        k_TKD,
-        v_TKD,
-        starts,
-        starts,
-        longest,
-        longest,
-        scale=settings.scale,
-        window_size=window,
-        enable_gqa=groups > 1,
-    )[None]
 
 
 AttentionInterface.register(IMPLEMENTATION, _attention)

@@ -28,6 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ilr_fast.segments import KeyRun, Segments, make_segments
+
 # Query-key cells that cost as much as one more attention call (forward and backward, measured with SmolLM2's heads).
 CPU_BLOCK_OVERHEAD = 4096
 CUDA_BLOCK_OVERHEAD = 1 << 20
@@ -60,7 +62,13 @@ class TreePlan:
     chunk_sizes: tuple[int, ...]  # the row cut at every border of a block or stem
     block_chunks: tuple[tuple[int, ...], ...]  # the chunks that hold each block's keys
     _masks: dict[tuple[int | None, torch.dtype, torch.device], list[Tensor | None]] = field(default_factory=dict)
-    _cu_seqlens: dict[torch.device, Tensor] = field(default_factory=dict)
+    _segments: dict[torch.device, Segments] = field(default_factory=dict)
+    _runs: list[KeyRun] | None = None
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return len(self.positions_T)
 
     @property
     def shares_prefixes(self) -> bool:
@@ -68,20 +76,52 @@ class TreePlan:
         leaves = self.subtree_end_T == np.arange(1, len(self.subtree_end_T) + 1)
         return int(leaves.sum()) != int((self.positions_T == 0).sum())
 
-    def cu_seqlens(self, device: torch.device) -> Tensor:
-        """int32 [sequences + 1]: where each tree begins, and T."""
-        if device not in self._cu_seqlens:
-            starts = np.append(np.flatnonzero(self.positions_T == 0), len(self.positions_T))
-            self._cu_seqlens[device] = torch.as_tensor(starts, dtype=torch.int32, device=device)
-        return self._cu_seqlens[device]
+    @property
+    def gathered(self) -> int:
+        """Key rows that `segments` holds: T where nothing is shared."""
+        return sum(len(rows) for _, _, rows in self._key_runs())
 
     def longest(self) -> int:
+        """Tokens of the longest sequence."""
         return int(self.positions_T.max()) + 1
+
+    def window(self, window: int | None) -> int | None:
+        """None where every sequence is shorter than the window."""
+        return None if window is None or window >= self.longest() else window
+
+    def segments(self, device: torch.device) -> Segments:
+        """The runs of this plan, made once."""
+        if device not in self._segments:
+            self._segments[device] = make_segments(self._key_runs(), self.tokens, device)
+        return self._segments[device]
+
+    def _key_runs(self) -> list[KeyRun]:
+        """Of each node, in order: its rows start:end and the rows of its keys."""
+        if self._runs is None:
+            self._runs = []
+            waiting = [(node, np.empty(0, dtype=np.int64)) for node in _nodes(self.positions_T, self.subtree_end_T)]
+            while waiting:
+                node, above = waiting.pop()
+                rows = np.concatenate([above, np.arange(node.start, node.end)])
+                self._runs.append((node.start, node.end, rows))
+                waiting += [(child, rows) for child in node.children]
+            self._runs.sort(key=lambda run: run[0])
+        return self._runs
+
+    def seen(self, window: int | None) -> np.ndarray:
+        """bool [T, T]: whether row i attends to row j."""
+        rows = np.arange(self.tokens)
+        return self._seen(rows[:, None], rows, window)
+
+    def _seen(self, rows_Q: np.ndarray, rows_K: np.ndarray, window: int | None) -> np.ndarray:
+        seen_QK = (rows_K <= rows_Q) & (rows_Q < self.subtree_end_T[rows_K])
+        if window is not None:
+            seen_QK &= self.positions_T[rows_Q] - self.positions_T[rows_K] < window
+        return seen_QK
 
     def masks(self, window: int | None, dtype: torch.dtype, device: torch.device) -> list[Tensor | None]:
         """For each block an additive mask [queries, keys] of `dtype`, or None where plain causal attention is meant."""
-        if window is not None and window >= self.longest():
-            window = None
+        window = self.window(window)
         key = (window, dtype, device)
         if key not in self._masks:
             self._masks[key] = [self._mask(block, window, dtype, device) for block in self.blocks]
@@ -93,9 +133,7 @@ class TreePlan:
             return None
         rows_Q = np.arange(block.start, block.end)[:, None]
         rows_K = np.concatenate([np.arange(start, end) for start, end in block.ranges])
-        seen_QK = (rows_K <= rows_Q) & (rows_Q < self.subtree_end_T[rows_K])
-        if window is not None:
-            seen_QK &= self.positions_T[rows_Q] - self.positions_T[rows_K] < window
+        seen_QK = self._seen(rows_Q, rows_K, window)
         mask_QK = torch.zeros(seen_QK.shape, dtype=dtype)
         return mask_QK.masked_fill_(torch.from_numpy(~seen_QK), float("-inf")).to(device)
 
