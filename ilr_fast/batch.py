@@ -18,12 +18,14 @@ Packing (tree_plan.py) stores what sequences begin with in common once, within a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 
+from ilr_fast.micro_batches import fill
 from ilr_fast.tree_plan import TreePlan, pack_sequences
 from ilr_fast.types import TrainingSequence, TrainingTurn
 
@@ -34,12 +36,14 @@ class BatchRules:
 
     `keep_dead`: turns with advantage 0 still have a gradient (a KL in the loss, an entropy bonus).
     `count_dropped`: dropped turns count in the denominators. `turn_limit`: dr_grpo's constant, in tokens.
+    `share_prefixes`: common prefixes are computed once (the gradient is the same).
     """
 
     aggregation: Literal["grpo", "dapo", "dr_grpo"] = "grpo"
     keep_dead: bool = False
     count_dropped: bool = True
     turn_limit: int = 1
+    share_prefixes: bool = True
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,15 +73,17 @@ class PackedStep:
     tokens_dropped: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Kept:
-    """A sequence as it is run: `inputs` end before the last trained token, which is only a target."""
+    """A sequence as it is run: its `inputs` end before the last trained token, which is only a target."""
 
-    group: str
-    inputs: tuple[int, ...]
-    tokens: tuple[int, ...]
+    tokens: np.ndarray
     turns: tuple[TrainingTurn, ...]
     weights: tuple[float, ...]  # of one token, by turn
+
+    @property
+    def inputs(self) -> np.ndarray:
+        return self.tokens[: self.turns[-1].end - 1]
 
 
 def split_by_question(sequences: Sequence[TrainingSequence], parts: int) -> list[list[TrainingSequence]]:
@@ -93,11 +99,13 @@ def pack_step(
 ) -> PackedStep:
     """Packs one optimizer step's sequences into micro-batches of at most `budget` tokens, deterministically.
 
-    Groups stay together where they fit and are split between samples where they do not; a sequence longer than the
-    budget goes alone. With no live turn anywhere there are no batches. Tensors are on `device`.
+    Micro-batches are filled evenly (micro_batches.py); a sequence longer than the budget goes alone. With no live turn
+    anywhere there are no batches. Tensors are on `device`.
     """
     kept = _weigh(sequences, rules)
-    batches = tuple(_pack(part, torch.device(device)) for part in _micro_batches(_by_group(kept), budget))
+    share = rules.share_prefixes
+    parts = fill([sequence.inputs for sequence in kept], budget, share_prefixes=share)
+    batches = tuple(_pack([kept[s] for s in part], torch.device(device), share) for part in parts)
     trained = sum(b.rows_N.numel() for b in batches)
     sampled = sum(turn.end - turn.start for s in sequences for turn in s.turns)
     return PackedStep(batches, trained, sampled - trained)
@@ -115,69 +123,14 @@ def _weigh(sequences: Sequence[TrainingSequence], rules: BatchRules) -> list[_Ke
         return 1 / (number * (rules.turn_limit if rules.aggregation == "dr_grpo" else turn.end - turn.start))
 
     return [
-        _Kept(s.group, s.tokens[: turns[-1].end - 1], s.tokens, turns, tuple(map(weight, turns)))
+        _Kept(np.array(s.tokens[: turns[-1].end]), turns, tuple(map(weight, turns)))
         for s, turns in zip(sequences, live, strict=True)
         if turns
     ]
 
 
-def _by_group(kept: Sequence[_Kept]) -> list[list[_Kept]]:
-    groups: dict[str, list[_Kept]] = {}
-    for sequence in kept:
-        groups.setdefault(sequence.group, []).append(sequence)
-    return list(groups.values())
-
-
-def _micro_batches(groups: Sequence[list[_Kept]], budget: int) -> list[list[_Kept]]:
-    """Fills micro-batches in order with whole groups, or with parts of a group that alone exceeds the budget."""
-    packs: list[list[_Kept]] = []
-    room = 0
-    for group in groups:
-        for part in _split(group, budget):
-            size = _size(part)
-            shared = _common(packs[-1][-1], part[-1]) if packs else 0
-            if not packs or size - shared > room:
-                packs.append([])
-                room, shared = budget, 0
-            packs[-1] += part
-            room -= size - shared
-    return packs
-
-
-def _split(group: list[_Kept], budget: int) -> list[list[_Kept]]:
-    if _size(group) <= budget:
-        return [group]
-    prefix = _common(min(group, key=_inputs), max(group, key=_inputs))
-    parts: list[list[_Kept]] = []
-    room = 0
-    for sequence in group:
-        branch = len(sequence.inputs) - prefix
-        if not parts or branch > room:
-            parts.append([])
-            room = budget - prefix
-        parts[-1].append(sequence)
-        room -= branch
-    return parts
-
-
-def _size(part: Sequence[_Kept]) -> int:
-    """Packed tokens: in sorted order each sequence adds what it does not share with the one before."""
-    ordered = sorted(part, key=_inputs)
-    return sum(len(s.inputs) for s in ordered) - sum(map(_common, ordered, ordered[1:]))
-
-
-def _inputs(sequence: _Kept) -> tuple[int, ...]:
-    return sequence.inputs
-
-
-def _common(one: _Kept, other: _Kept) -> int:
-    """Length of the common prefix of two sequences' inputs."""
-    pairs = enumerate(zip(one.inputs, other.inputs, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(one.inputs), len(other.inputs)))
-
-
-def _pack(sequences: Sequence[_Kept], device: torch.device) -> PackedBatch:
-    packed = pack_sequences([s.inputs for s in sequences], device=device)
+def _pack(sequences: Sequence[_Kept], device: torch.device, share: bool) -> PackedBatch:
+    packed = pack_sequences([s.inputs for s in sequences], share_prefixes=share, device=device)
     turns = [
         (sequence, turn, weight, index)
         for sequence, index in zip(sequences, packed.index_S, strict=True)
@@ -185,21 +138,20 @@ def _pack(sequences: Sequence[_Kept], device: torch.device) -> PackedBatch:
     ]
     assert all(0 < t.start < t.end for _, t, _, _ in turns), "a turn has a token before it and one of its own"
     assert all(len(t.behavior_logps) == t.end - t.start for _, t, _, _ in turns), "one behavior log-prob for each token"
-    lengths = torch.tensor([t.end - t.start for _, t, _, _ in turns])
+    lengths = [t.end - t.start for _, t, _, _ in turns]
 
-    def by_token(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float32).repeat_interleave(lengths).to(device)
+    def by_token(values: Iterable[float]) -> torch.Tensor:
+        return torch.from_numpy(np.repeat(np.fromiter(values, dtype=np.float32), lengths)).to(device)
 
+    logps = np.concatenate([np.array(t.behavior_logps, dtype=np.float32) for _, t, _, _ in turns])
     return PackedBatch(
         tokens_T=packed.tokens_T,
         positions_T=packed.positions_T,
         plan=packed.plan,
-        rows_N=torch.cat([index[t.start - 1 : t.end - 1] for _, t, _, index in turns]),
-        target_N=torch.tensor([token for s, t, _, _ in turns for token in s.tokens[t.start : t.end]], device=device),
-        advantage_N=by_token([t.advantage for _, t, _, _ in turns]),
-        token_weight_N=by_token([weight for _, _, weight, _ in turns]),
-        behavior_logp_N=torch.tensor(
-            [x for _, t, _, _ in turns for x in t.behavior_logps], dtype=torch.float32, device=device
-        ),
-        turn_N=torch.arange(len(turns)).repeat_interleave(lengths).to(device),
+        rows_N=torch.cat([index[t.start - 1 : t.end - 1] for _, t, _, index in turns]).to(device),
+        target_N=torch.from_numpy(np.concatenate([s.tokens[t.start : t.end] for s, t, _, _ in turns])).to(device),
+        advantage_N=by_token(t.advantage for _, t, _, _ in turns),
+        token_weight_N=by_token(weight for _, _, weight, _ in turns),
+        behavior_logp_N=torch.from_numpy(logps).to(device),
+        turn_N=torch.from_numpy(np.repeat(np.arange(len(turns)), lengths)).to(device),
     )

@@ -1,7 +1,7 @@
 """Flash attention over a packed forest: every branch sees its stem, every stem stands once, gradients are exact.
 
-torch's variable-length flash kernel aligns causal attention at the last key, so that a run of queries can have more keys
-than queries: those before it. A node of the forest (tree_plan.py) is such a run, and its keys are the rows of its
+torch's variable-length flash kernel aligns causal attention at the last key, so that a run of queries can have more
+keys than queries: those before it. A node of the forest (tree_plan.py) is such a run, and its keys are the rows of its
 ancestors, then its own. Keys and values of stems are gathered once for every node below them, small copies beside the
 query; their gradients are added up again in float32, in a fixed order. Positions along gathered keys are those of the
 sequence, so a sliding window is the kernel's own.
@@ -89,9 +89,7 @@ def flash_attention(
 class _Flash(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_THD, k_TKD, v_TKD, segments, scale, window, kernel):  # type: ignore[no-untyped-def]
-        out, lse, state = kernel.forward(
-            q_THD, segments.gather(k_TKD), segments.gather(v_TKD), segments, scale, window
-        )
+        out, lse, state = kernel.forward(q_THD, segments.gather(k_TKD), segments.gather(v_TKD), segments, scale, window)
         ctx.save_for_backward(q_THD, k_TKD, v_TKD, out, lse)
         ctx.rest = segments, scale, window, kernel, state
         return out

@@ -50,7 +50,11 @@ def load_policy(config: AgentConfig, where: str, seed: int, *, on_host: bool = F
     `where` is the agent's config path for errors; `seed` sets the adapters' first weights; `on_host` leaves the weights
     in the host's memory, for an engine whose weights they become.
     """
-    model = _load(config, where, on_host=on_host)
+    return for_training(_load(config, where, on_host=on_host), config, where, seed)
+
+
+def for_training(model: Any, config: AgentConfig, where: str, seed: int) -> Any:
+    """A model that was loaded, in eval mode with what is trained: see `load_policy`."""
     model.requires_grad_(config.train == "full")
     if config.train == "lora":
         model = _with_adapters(model, config.lora, f"{where}.lora", seed)

@@ -1,8 +1,8 @@
 """Which keys a run of packed rows sees, as index tensors that attention kernels take; made once a micro-batch.
 
-    segments = plan.segments(device)            # plan: tree_plan.TreePlan
-    keys_NKD = segments.gather(keys_TKD)        # stems repeated for every run below them
-    gradient_TKD = segments.add_up(gradient_NKD)
+segments = plan.segments(device)            # plan: tree_plan.TreePlan
+keys_NKD = segments.gather(keys_TKD)        # stems repeated for every run below them
+gradient_TKD = segments.add_up(gradient_NKD)
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ilr_fast.prefixes import common_prefix, sorting_key
 from ilr_fast.segments import KeyRun, Segments, make_segments
 
 # Query-key cells that cost as much as one more attention call (forward and backward, measured with SmolLM2's heads).
@@ -149,7 +150,7 @@ class PackedSequences:
 
 
 def pack_sequences(
-    sequences: Sequence[Sequence[int]],
+    sequences: Sequence[Sequence[int] | np.ndarray],
     *,
     share_prefixes: bool = True,
     device: torch.device | str = "cpu",
@@ -194,18 +195,20 @@ def tree_plan(trees: Sequence[tuple[int, Sequence[int]]], *, block_overhead: int
 
 
 def _lay_out(
-    sequences: Sequence[Sequence[int]], share: bool
+    sequences: Sequence[Sequence[int] | np.ndarray], share: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[np.ndarray]]:
     """Preorder of the forest: in sorted order each sequence adds what it does not share with the one before."""
     arrays = [np.asarray(tokens, dtype=np.int64) for tokens in sequences]
-    order = sorted(range(len(arrays)), key=lambda s: list(sequences[s])) if share else range(len(arrays))
+    order: Sequence[int] = range(len(arrays))
+    if share:
+        order = sorted(order, key=[sorting_key(array) for array in arrays].__getitem__)
     index: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * len(arrays)
     tokens, positions = [], []
     subtree_end = np.zeros(sum(len(a) for a in arrays), dtype=np.int64)
     total, previous, path = 0, np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
     for s in order:
         array = arrays[s]
-        common = _common_prefix(previous, array) if share else 0
+        common = common_prefix(previous, array) if share else 0
         subtree_end[path[common:]] = total  # these rows have no descendants beyond what has been laid out
         path = np.concatenate([path[:common], np.arange(total, total + len(array) - common)])
         tokens.append(array[common:])
@@ -214,12 +217,6 @@ def _lay_out(
         total += len(array) - common
     subtree_end[path] = total
     return np.concatenate(tokens), np.concatenate(positions), subtree_end[:total], index
-
-
-def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    n = min(len(a), len(b))
-    different = a[:n] != b[:n]
-    return int(different.argmax()) if different.any() else n
 
 
 @dataclass(slots=True)

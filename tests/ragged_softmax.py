@@ -1,4 +1,4 @@
-"""The ragged attention kernel written out with a softmax for each run, in any precision: what flash kernels must give."""
+"""The ragged attention kernel written out, a softmax for each run, in any precision: what flash kernels must give."""
 
 from __future__ import annotations
 

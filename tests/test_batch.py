@@ -93,7 +93,7 @@ def test_a_group_over_the_budget_is_split_and_a_long_sequence_goes_alone():
     group = [sequence("q", [1, 2, 3, 10 + i, 20, 21], turn(3, 6, 1.0), sample=i) for i in range(3)]
     long = sequence("r", range(20), turn(1, 20, 1.0))
     step = pack_step([*group, long], BatchRules(), budget=7)
-    assert [b.tokens_T.numel() for b in step.batches] == [7, 5, 19]
+    assert sorted(b.tokens_T.numel() for b in step.batches) == [5, 7, 19]
 
 
 def test_groups_share_what_all_questions_begin_with():
