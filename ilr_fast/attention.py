@@ -175,7 +175,7 @@ def _ordinary(
 
 
 def _tree_attention(plan: TreePlan, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
-    if usable(plan, query, settings.softcap, settings.dropout):
+    if usable(plan, query, query.shape[-1], settings.softcap, settings.dropout):
         q_THD, k_TKD, v_TKD = (x[0].transpose(0, 1) for x in (query, key, value))
         window = plan.window(settings.window)
         return flash_attention(q_THD, k_TKD, v_TKD, plan.segments(query.device), settings.scale, window)[None]

@@ -102,6 +102,9 @@ class AgentConfig:
     micro_batch_tokens: int | Literal["auto"] = key(
         8192, "Most packed tokens in one forward and backward pass; auto: what fits (docs/memory.md).", low=16
     )
+    fused_layers: Literal["auto", "on", "off"] = key(
+        "auto", "Fused norms, rotary embeddings, attention projections and MLPs; auto: where Triton runs them on a GPU."
+    )
     gradient_checkpointing: bool | Literal["auto"] = key(
         False, "Recompute activations in the backward pass: less memory, more time; auto: where they don't fit."
     )

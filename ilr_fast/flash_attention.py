@@ -106,21 +106,21 @@ class _Flash(torch.autograd.Function):
         return dq, segments.add_up(dk_NKD), segments.add_up(dv_NKD), None, None, None, None
 
 
-def usable(plan: TreePlan, query: Tensor, softcap: float | None, dropout: float) -> bool:
+def usable(plan: TreePlan, x: Tensor, size: int, softcap: float | None, dropout: float) -> bool:
     """Whether the kernel fits: half precision on CUDA, no soft-cap, and stems that are not copied too often.
 
-    `query` [..., D]. The first call for a device and head size compares the kernel with a softmax written out.
+    `x` has the queries' device and dtype, `size` is the size of a head. The first call for a device and head size
+    compares the kernel with a softmax written out.
     """
-    if query.device.type != "cuda" or query.dtype not in (torch.bfloat16, torch.float16):
+    if x.device.type != "cuda" or x.dtype not in (torch.bfloat16, torch.float16):
         return False
-    size = query.shape[-1]
     if softcap is not None or dropout != 0 or size % 8 or size > 256:
         return False
-    if size > 192 and torch.cuda.get_device_capability(query.device) not in ((8, 0), (9, 0), (10, 0)):
+    if size > 192 and torch.cuda.get_device_capability(x.device) not in ((8, 0), (9, 0), (10, 0)):
         return False  # its backward pass needs more shared memory than these cards have
     if plan.gathered > MOST_GATHERED * plan.tokens:
         return False
-    return _agrees(query.device, query.dtype, size)
+    return _agrees(x.device, x.dtype, size)
 
 
 @cache
@@ -147,14 +147,14 @@ def check(
     shapes = [(plan.tokens, 4, size), (plan.tokens, 2, size), (plan.tokens, 2, size), (plan.tokens, 4, size)]
     inputs = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
     results = []
-    for which in (dtype, wide):
-        q, k, v = (x.to(which).requires_grad_() for x in inputs[:3])
-        if which is dtype:
+    for which, flash in ((dtype, True), (wide, False)):
+        q, k, v = (x.detach().to(which, copy=True).requires_grad_() for x in inputs[:3])
+        if flash:
             out = flash_attention(q, k, v, plan.segments(device), size**-0.5, window, kernel)
         else:
             out = _written_out(q, k, v, plan, size**-0.5, window)
         out.backward(inputs[3].to(which))
-        results.append([x.detach().to(wide) for x in (out, q.grad, k.grad, v.grad) if x is not None])
+        results.append([x.detach().to(wide) for x in (out, q.grad, k.grad, v.grad)])
     return max(float((a - b).norm() / b.norm()) for a, b in zip(*results, strict=True))
 
 

@@ -56,14 +56,14 @@ def make_segments(runs: list[KeyRun], tokens: int, device: torch.device) -> Segm
     """Index tensors of runs (their rows, the rows of their keys) that lie in order and cover `tokens` rows."""
     starts_q = np.array([start for start, _, _ in runs] + [tokens])
     starts_k = np.cumsum([0] + [len(rows) for _, _, rows in runs])
-    lengths = np.diff(starts_q).max(), np.diff(starts_k).max()
+    longest_q, longest_k = int(np.diff(starts_q).max()), int(np.diff(starts_k).max())
 
     def on_device(x: np.ndarray, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.as_tensor(x, dtype=dtype, device=device)
 
-    starts = on_device(starts_q, torch.int32), on_device(starts_k, torch.int32)
+    on_q, on_k = on_device(starts_q, torch.int32), on_device(starts_k, torch.int32)
     if starts_k[-1] == tokens:
-        return Segments(*starts, *map(int, lengths), None, None, None, None, None)
+        return Segments(on_q, on_k, longest_q, longest_k, None, None, None, None, None)
     rows_N = np.concatenate([rows for _, _, rows in runs])
     by_row = np.argsort(rows_N, kind="stable")
     counts_T = np.bincount(rows_N, minlength=tokens)
@@ -72,6 +72,6 @@ def make_segments(runs: list[KeyRun], tokens: int, device: torch.device) -> Segm
     places = by_row[counts_T[rows_N[by_row]] > 1]
     stem_starts = np.append(0, np.cumsum(counts_T[stems]))
     return Segments(
-        *starts, *map(int, lengths), on_device(rows_N), on_device(by_row[first_T]), on_device(stems),
+        on_q, on_k, longest_q, longest_k, on_device(rows_N), on_device(by_row[first_T]), on_device(stems),
         on_device(places), on_device(stem_starts),
     )  # fmt: skip

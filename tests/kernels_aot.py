@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
+from kernels_aot_layers import layer_cases
 from triton.backends.compiler import GPUTarget
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -263,7 +264,7 @@ def all_kernels() -> set[str]:
 def main() -> int:
     """Compiles every case for every architecture; 0 where nothing spills."""
     makers = (adamw_cases, advantage_cases, lm_head_cases, product_cases, specialized_cases, softmax_cases)
-    cases = [c for make in makers for c in make()]
+    cases = [*(c for make in makers for c in make()), *layer_cases(case, import_kernels)]
     forgotten = all_kernels() - {c.kernel.__name__ for c in cases}
     assert not forgotten, f"kernels without a case: {forgotten}"
     compiled = failing = 0

@@ -38,7 +38,7 @@ def test_gradients_by_differences(window: int | None) -> None:
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "gemma2"])
 def test_models_give_what_single_sequences_give(name: str, share: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "usable", lambda plan, query, softcap, dropout: True)
+    monkeypatch.setattr(attention, "usable", lambda *arguments: True)
     monkeypatch.setattr(flash_attention, "TorchFlash", RaggedSoftmax)
     model, sequences = tiny_model(name).double(), forest()
     plain = copy.deepcopy(model)
@@ -72,7 +72,7 @@ def test_stems_are_gathered_once_a_node() -> None:
 
 def test_masks_are_for_what_the_kernel_can_not() -> None:
     plan, query = tree_plan([(4, [2, 1])]), torch.zeros(1, 2, 7, 64, dtype=torch.bfloat16)
-    assert not usable(plan, query, None, 0.0)  # no GPU
+    assert not usable(plan, query, 64, None, 0.0)  # no GPU
     assert plan.gathered == 4 + 6 + 5
 
 

@@ -24,8 +24,9 @@ LAYERS = {
     "what a run is made of": """ilr_kernels.* config config_* data benchmark_sets choices tasks tasks.* rewards
         rewards.* protocols protocols.* chat prompts models model_folder convert convert_* hub rows environment
         dialogue_rows transcripts""",
-    "one agent": """engines engines.* attention flash_attention segments tree_plan prefixes micro_batches agent batch
-        credit gradients in_place loading optimizer step_meter weights memory model_shape activations""",
+    "one agent": """engines engines.* attention flash_attention fused_layers products segments tree_plan prefixes
+        micro_batches agent batch credit gradients in_place loading optimizer step_meter weights memory model_shape
+        activations""",
     "agents together": """hosts hosts.* team rollout context score ability difficulty ranking ranking_* checkpoint
         failures metrics trackers steplog progress runfolder plan fill_in plan_command plan_table""",
     "runs": """session heldout interaction alone evaluate evaluate_* benchmarks benchmarks.* train ablate ablate_* merge

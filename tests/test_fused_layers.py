@@ -1,0 +1,99 @@
+"""Fused layers against transformers' own, in float64 and float32; their kernels against float64."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from gradient_cases import agent_of, distance, gradients, plain_gradients, rollout, small
+from ilr_kernels.gated import gated, gated_backward_
+from ilr_kernels.norm import rms_norm
+from ilr_kernels.rotary import rotary
+from ragged_softmax import RaggedSoftmax
+from vllm_models import FAMILIES
+
+from ilr_fast import flash_attention, fused_layers
+from ilr_fast.fused_layers import fuse
+from ilr_fast.products import joined
+
+
+@pytest.fixture
+def flash_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The packed path on the CPU."""
+    monkeypatch.setattr(fused_layers, "usable", lambda plan, x, size, softcap, dropout: softcap is None)
+    monkeypatch.setattr(flash_attention, "TorchFlash", RaggedSoftmax)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("budget", [8192, 300])
+def test_gradients_of_every_family(family: str, budget: int, flash_written_out: None) -> None:
+    model, sequences = small(family), rollout(prompt=30, longest=40)
+    truth = plain_gradients(model, sequences, "cpu", torch.float32)
+    ours = gradients(agent_of(model, "cpu", fused_layers="on", micro_batch_tokens=budget), sequences)
+    assert ours.keys() == truth.keys()
+    worst = {n: distance(ours[n], truth[n]) for n in truth}
+    assert max(worst.values()) < 2e-5, worst
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3"])
+def test_adapters_get_the_same_gradients(family: str, flash_written_out: None) -> None:
+    pytest.importorskip("peft")
+    model, sequences = small(family), rollout(prompt=30, longest=40)
+    fused, plain = (agent_of(model, "cpu", train="lora", fused_layers=how) for how in ("on", "off"))
+    for agent in (fused, plain):
+        for name, parameter in agent.model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    ours, truth = gradients(fused, sequences), gradients(plain, sequences)
+    assert ours.keys() == truth.keys() and max(distance(ours[n], truth[n]) for n in truth) < 2e-5
+
+
+def test_every_module_is_fused_where_it_is_known() -> None:
+    for family in FAMILIES:
+        model = small(family)
+        fuse(model)
+        fused = {type(m).__name__ for m in model.modules() if isinstance(vars(m).get("forward"), fused_layers._Bound)}
+        assert len(fused) == 3, (family, fused)  # norms, attention, MLP
+        layer = model.model.layers[0]
+        attention, mlp = layer.self_attn, layer.mlp
+        assert joined([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]) is not None
+        assert joined([mlp.gate_proj.weight, mlp.up_proj.weight]) is not None
+
+
+def test_a_copy_of_a_fused_model_computes_with_its_own_weights() -> None:
+    model = small("qwen2")
+    fuse(model)
+    other, ids = copy.deepcopy(model), torch.tensor([[3, 4, 5]])
+    before = model(ids).logits.detach()
+    for parameter in other.parameters():
+        parameter.data.mul_(0.5)
+    torch.testing.assert_close(model(ids).logits, before)
+    assert not torch.allclose(other(ids).logits, before, rtol=1e-2)
+
+
+@pytest.mark.parametrize("one_plus", [False, True])
+def test_norm_by_differences(one_plus: bool) -> None:
+    x = torch.randn(3, 2, 6, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, 1e-6, one_plus=one_plus), (x, w))
+
+
+def test_rotary_by_differences() -> None:
+    q, k = (torch.randn(3, h, 8, dtype=torch.float64, requires_grad=True) for h in (3, 1))
+    cos, sin = torch.randn(3, 8, dtype=torch.float64), torch.randn(3, 8, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda q, k: rotary(q, k, cos, sin), (q, k))
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_gated_backward_overwrites(activation: str) -> None:
+    gate, up, dout = torch.randn(3, 5, 7, dtype=torch.float64).unbind()
+    gate, up = gate.requires_grad_(), up.requires_grad_()
+    out = fused_layers._Gated.apply(gate, up, activation)
+    assert torch.autograd.gradcheck(lambda g, u: fused_layers._Gated.apply(g, u, activation), (gate, up))
+    out.backward(dout)
+    both = torch.cat([gate, up], 1).detach()
+    g, u = both.chunk(2, -1)
+    given = dout.clone()
+    gated_backward_(g, u, given, activation)
+    torch.testing.assert_close((g, u, given), (gate.grad, up.grad, gated(gate, up, activation)))
