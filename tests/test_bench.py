@@ -32,7 +32,7 @@ def no_gpu(monkeypatch):
 
 
 def test_every_name_has_a_module_with_run_and_every_such_module_a_name():
-    names = {*bench.GPU, *bench.CPU}
+    names = {*bench.GPU, *bench.CPU, *bench.NAMED}
     assert {"lm_head", "lm_head_shapes", "lm_head_sweep", "advantage", "lm_head_cpu"} <= names
     for name in names:
         assert callable(importlib.import_module(f"ilr_benchmarks.{name}").run), name
