@@ -9,9 +9,12 @@
 | `ilr_neither` | Idea3 alone: not calibrated, the neutral instruction |
 | `ilr_ratio_R` | a fixed share R of cooperation (0 to 1), drawn by seed |
 | `grpo` | each trained agent alone in a run of its own, with as many sampled turns: G × those of a dialogue *(ours)* |
+| `cal_…` | what calibration does, by form of the reward and normalization; `calibration` names all eight |
 | `grpo_peer` | each trained agent in a run of its own; its frozen peers' solutions are shown, not rewarded *(ours)* |
 
-`grpo_peer` is Idea3 with the neutral instruction, not calibrated, `stage_reward: own`.
+`grpo_peer` is Idea3 with the neutral instruction, not calibrated, `stage_reward: own`. `cal_binary`, `cal_graded` and
+`cal_dr_grpo` (binary, not divided by std) are not calibrated; with `_reward` or `_advantage` they are, by that name of
+`credit.calibrate` (docs/calibration.md).
 
 An agent samples as many turns under the same limits in each, and the table states the tokens that came of it. Each
 variant stands in its own folder below `<run>-ablation`; what is finished is skipped and what was cut off goes on when
@@ -41,7 +44,10 @@ from ilr_fast.runfolder import fingerprint
 RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)
 RATIO = "ilr_ratio_"
 METHODS = ("ilr", "ilr_di", "ilr_pc", *(f"{RATIO}{ratio:g}" for ratio in RATIOS), "grpo", "grpo_peer")
-KNOWN = (*METHODS, "ilr_neither")
+CALIBRATION = ("cal_binary", "cal_binary_reward", "cal_binary_advantage", "cal_graded", "cal_graded_reward",
+               "cal_graded_advantage", "cal_dr_grpo", "cal_dr_grpo_reward")
+KNOWN = (*METHODS, "ilr_neither", *CALIBRATION)
+GRADED = 0.1  # reward for the form, where the config gives none
 Train = Callable[..., Path]  # train(config, *, command) -> run folder
 
 
@@ -109,7 +115,7 @@ def variants(config: Config, methods: Sequence[str] = METHODS, seeds: Sequence[i
     if len(config.agents) < 2:
         raise UserError("an ablation of learning from one another with a single agent", "agents",
                         "add an agent, or use `ilr-fast train` with `protocol: single`")
-    methods = [method for method in methods if method != "base"]
+    methods = [m for method in methods if method != "base" for m in (CALIBRATION if method == "calibration" else [method])]
     for given, option in ((methods, "--methods"), (seeds, "--seeds")):
         if len(set(given)) < len(given):
             raise UserError(f"one stands twice in {', '.join(map(str, given))}", option, "name each once")
@@ -163,6 +169,8 @@ def _variant(config: Config, method: str) -> Iterator[tuple[str, Config]]:
         yield method, replace(ilr, interaction="none", credit=alone)
     elif method.startswith(RATIO):
         yield method, replace(ilr, interaction="ratio", cooperation_ratio=_ratio(method))
+    elif method in CALIBRATION:
+        yield method, replace(_calibrated(ilr, method.removeprefix("cal_")), method=method)
     elif method in ("grpo", "grpo_peer"):
         for name, agent in config.agents.items():
             if agent.train != "none":
@@ -180,6 +188,16 @@ def _ratio(method: str) -> float:
     if not 0 <= ratio <= 1:
         raise UserError(f"{text!r} is no share of cooperation", f"--methods {method}", "use 0 to 1")
     return ratio
+
+
+def _calibrated(config: Config, name: str) -> Config:
+    """`binary`, `graded` or `dr_grpo`, then how it is calibrated; without that part it is not."""
+    kind = next(kind for kind in ("binary", "graded", "dr_grpo") if name.startswith(kind))
+    weight = (config.reward.format_weight or GRADED) if kind == "graded" else 0.0
+    calibrate = name.removeprefix(kind).removeprefix("_") or "none"
+    advantage = "dr_grpo" if kind == "dr_grpo" else "grpo"
+    credit = replace(config.credit, calibrate=calibrate, advantage=advantage)  # type: ignore[arg-type]
+    return replace(config, reward=replace(config.reward, format_weight=weight), credit=credit)
 
 
 def _alone(config: Config, name: str) -> Config:

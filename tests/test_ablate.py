@@ -13,7 +13,16 @@ from made_up_runs import make_run
 from rich.console import Console
 
 from ilr_fast.ablate import ablate, variants
-from ilr_fast.config import AgentConfig, Config, CreditConfig, DataConfig, EvaluateConfig, RewardConfig, RolloutConfig
+from ilr_fast.config import (
+    AgentConfig,
+    Config,
+    CreditConfig,
+    DataConfig,
+    EvaluateConfig,
+    RewardConfig,
+    RolloutConfig,
+    calibration_is_noop,
+)
 from ilr_fast.config_parse import dump
 from ilr_fast.errors import UserError
 from ilr_fast.evaluate import method_of
@@ -145,3 +154,15 @@ def test_errors_come_before_any_training(tmp_path):
         ablate(config(tmp_path, agents={"a": AgentConfig(model="m")}, protocol="single", interaction="none"),
                trainer(asked))
     assert asked == []
+
+
+def test_the_calibration_set(tmp_path):
+    made = {v.method: v.config for v in variants(config(tmp_path), ["calibration"])}
+    keys = {name: (c.reward.format_weight, c.credit.calibrate, c.credit.advantage) for name, c in made.items()}
+    assert keys == {
+        "cal_binary": (0, "none", "grpo"), "cal_binary_reward": (0, "reward", "grpo"),
+        "cal_binary_advantage": (0, "advantage", "grpo"), "cal_graded": (0.1, "none", "grpo"),
+        "cal_graded_reward": (0.1, "reward", "grpo"), "cal_graded_advantage": (0.1, "advantage", "grpo"),
+        "cal_dr_grpo": (0, "none", "dr_grpo"), "cal_dr_grpo_reward": (0, "reward", "dr_grpo"),
+    }  # fmt: skip
+    assert calibration_is_noop(made["cal_binary_reward"]) and not calibration_is_noop(made["cal_graded_reward"])
