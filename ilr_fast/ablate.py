@@ -115,7 +115,8 @@ def variants(config: Config, methods: Sequence[str] = METHODS, seeds: Sequence[i
     if len(config.agents) < 2:
         raise UserError("an ablation of learning from one another with a single agent", "agents",
                         "add an agent, or use `ilr-fast train` with `protocol: single`")
-    methods = [m for method in methods if method != "base" for m in (CALIBRATION if method == "calibration" else [method])]
+    sets = {"base": (), "calibration": CALIBRATION}
+    methods = [one for method in methods for one in sets.get(method, (method,))]
     for given, option in ((methods, "--methods"), (seeds, "--seeds")):
         if len(set(given)) < len(given):
             raise UserError(f"one stands twice in {', '.join(map(str, given))}", option, "name each once")

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ilr_fast.config import Config
 from ilr_fast.errors import UserError, nearest
 from ilr_fast.evaluate import MODES, Evaluation, evaluate_agents, open_grader, record
+from ilr_fast.evaluate_gains import print_gains, with_gains
 from ilr_fast.evaluate_papers import Paper, paper
 from ilr_fast.evaluate_targets import Target, read_targets, together
 from ilr_fast.report.terminal import print_rows
@@ -51,7 +52,7 @@ def evaluate_command(
     overrides: Sequence[str] = (),
     console: Console | None = None,
 ) -> list[Mapping[str, Any]]:
-    """Measures, records, prints a table, and returns the rows (agents under the names that the table shows).
+    """Measures, records, prints tables, and returns the rows (agents under the names that the tables show).
 
     `benchmarks`: names, JSONL paths, Hub names, or `test` for a run's held-out questions. `limit`: the first so many
     questions of each. Raises UserError, for bad input before any model is loaded.
@@ -62,15 +63,19 @@ def evaluate_command(
     seatings = list(_seatings(found, modes))
     papers = [[paper(name, seating.config, limit) for name in benchmarks] for seating in seatings]
     chats = [prepare_chats(seating.config) for seating in seatings]
-    rows: list[Mapping[str, Any]] = []
+    measured = Evaluation([], {})
     with _bars(console) as progress:
         for seating, exam, formats in zip(seatings, papers, chats, strict=True):
             with open_team(seating.config, formats) as team:
                 for one in exam:
                     result = _measure(team, one, seating, samples, progress)
                     _record(result, seating, out)
-                    rows += _renamed(result, {name: shown for name, (_, _, shown) in seating.members.items()}).rows
+                    measured += _renamed(result, {name: shown for name, (_, _, shown) in seating.members.items()})
+    rows = with_gains(measured)
+    for seating in seatings:
+        _record(_known_there(rows, seating), seating, out)
     print_rows(console, rows)
+    print_gains(console, rows)
     _say_where(console, found, out)
     return rows
 
@@ -128,6 +133,13 @@ def _record(result: Evaluation, seating: Seating, out: str | None) -> None:
             folders.setdefault(target.folder, {})[name] = agent
     for folder, names in folders.items():
         record(folder, _renamed(result, names))
+
+
+def _known_there(rows: Sequence[Mapping[str, Any]], seating: Seating) -> Evaluation:
+    """The rows of a seating with what all seatings together have shown, under the names that it has for its agents."""
+    names = {shown: name for name, (_, _, shown) in seating.members.items()}
+    mine = [row for row in rows if row["agent"] in names and row.get("against_single") and row["mode"] in seating.modes]
+    return Evaluation([{**row, "agent": names[row["agent"]]} for row in mine], {})
 
 
 def _renamed(result: Evaluation, names: Mapping[str, str]) -> Evaluation:

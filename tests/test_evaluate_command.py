@@ -81,6 +81,8 @@ def test_a_run_is_measured_at_its_best_checkpoint(run, questions):
     assert results(run) == [json.loads(json.dumps(r)) for r in rows]
     assert (run / row["outcomes"]).is_file()
     assert "ada" in printed and "recorded in" in printed
+    assert [bool(r.get("against_single")) for r in rows] == [False] * 2 + [True] * 4
+    assert "against the same agent alone" in printed and "won" in printed
 
 
 def test_models_by_folder_are_only_recorded_where_asked(models, questions, tmp_path):
@@ -106,6 +108,7 @@ def test_two_runs_side_by_side_keep_their_own_names(run, tmp_path, models, quest
     mine = [(r["agent"], r["mode"]) for r in results(other)]
     assert sorted(mine) == [("ada", "debate"), ("ada", "single"), ("eve", "debate"), ("eve", "single")]
     assert ("eve", "single") not in [(r["agent"], r["mode"]) for r in results(run)]
+    assert all(r.get("against_single") for r in results(other) + rows if r["mode"] == "debate")
 
 
 def test_overrides_go_where_the_agent_is(run, models):

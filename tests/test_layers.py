@@ -29,7 +29,8 @@ LAYERS = {
         activations""",
     "agents together": """hosts hosts.* team rollout context score ability difficulty ranking ranking_* checkpoint
         failures metrics trackers steplog progress runfolder plan fill_in plan_command plan_table""",
-    "runs": """session heldout interaction alone evaluate evaluate_* benchmarks benchmarks.* train ablate ablate_* merge
+    "runs": """session heldout interaction alone evaluate evaluate_* benchmarks benchmarks.* train ablate ablate_*
+        calibration_effect merge
         finish show report report.* docs_config ilr_benchmarks.*""",
     "commands": "cli",
 }
