@@ -71,7 +71,7 @@ def evaluate_command(
                     result = _measure(team, one, seating, samples, progress)
                     _record(result, seating, out)
                     measured += _renamed(result, {name: shown for name, (_, _, shown) in seating.members.items()})
-    rows = with_gains(measured)
+    rows: list[Mapping[str, Any]] = list(with_gains(measured))
     for seating in seatings:
         _record(_known_there(rows, seating), seating, out)
     print_rows(console, rows)
