@@ -5,9 +5,9 @@
     g ← g · min(1, clip_norm / (‖g‖ + 1e-6))
 
 An update of 1e-6 is lost in a bfloat16 weight (its spacing near 0.02 is 1e-4), so AdamW then works on float32 copies,
-which are rounded into the model after each step; or, with `rounding: stochastic`, on the weights themselves
-(in_place.py). torch's AdamW runs fused, on the CPU too: unfused it costs more there than the model does. Clipping goes
-into the same pass over the gradients, as torch's GradScaler does it.
+which are rounded into the model after each step (copies.py); or, with `rounding: stochastic`, on the weights themselves
+(in_place.py). Either may keep its states in the host's memory (host_states.py). Clipping goes into the same pass over
+the gradients.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ilr_fast.config import OptimizerConfig
+from ilr_fast.copies import CopiedAdamW
 from ilr_fast.errors import UserError
 from ilr_fast.in_place import InPlaceAdamW
 
@@ -52,17 +53,8 @@ class Optimizer:
         self.config, self.steps = config, steps
         self.names = [name for name, _ in parameters]
         self.parameters = [p for _, p in parameters]
-        self.in_place = InPlaceAdamW(self.parameters, config, seed) if config.rounding == "stochastic" else None
-        if self.in_place is None:
-            self._copy_to_float32()
-
-    def _copy_to_float32(self) -> None:
-        config = self.config
-        self.masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.parameters]
-        self.adamw = torch.optim.AdamW(
-            self.masters, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps,
-            weight_decay=config.weight_decay, fused=True,
-        )  # fmt: skip
+        kind = InPlaceAdamW if config.rounding == "stochastic" else CopiedAdamW
+        self.adamw = kind(self.parameters, config, seed)
 
     def step(
         self, step: int, *, loss_scale: float = 1.0, sinks: Mapping[nn.Parameter, Tensor] | None = None
@@ -72,67 +64,29 @@ class Optimizer:
         `sinks` holds, for some parameters, a float32 gradient that is used instead of their `.grad`. A norm that is not
         finite leaves weights and optimizer state as they are.
         """
-        gradients = self._collect(sinks or {})
+        gradients = self.adamw.collect(sinks or {})
         norm = _norm([g for g in gradients if g is not None]) / loss_scale
         lr = learning_rate(self.config, step, self.steps)
         finite = math.isfinite(norm)
         if finite:
             clip = 1.0 if self.config.clip_norm is None else min(1.0, self.config.clip_norm / (norm + 1e-6))
-            if self.in_place is not None:
-                self.in_place.step(gradients, lr, clip / loss_scale)
-            else:
-                self._apply(lr, loss_scale / clip if clip else math.inf)
-        for parameter in self.parameters if self.in_place is not None else self.masters:
-            parameter.grad = None
+            self.adamw.step(gradients, lr, clip / loss_scale)
+        self.adamw.forget_gradients()
         return Outcome(norm, lr, not finite)
 
-    def _collect(self, sinks: Mapping[nn.Parameter, Tensor]) -> list[Tensor | None]:
-        """Each parameter's gradient; for float32 copies where AdamW looks for it, the 16-bit ones freed one by one."""
-        if self.in_place is not None:
-            return [sinks.get(p, p.grad) for p in self.parameters]
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if parameter in sinks:
-                master.grad = sinks[parameter]
-            elif parameter is not master and parameter.grad is not None:
-                master.grad = parameter.grad.float()
-                parameter.grad = None
-        return [m.grad for m in self.masters]
-
-    @torch.no_grad()
-    def _apply(self, lr: float, divisor: float) -> None:
-        for group in self.adamw.param_groups:
-            group["lr"] = lr
-        # The fused kernel divides gradients by `grad_scale` as it reads them, which saves a pass over all of them.
-        scale = None if divisor == 1 else torch.tensor(divisor, device=self.masters[0].device)
-        setattr(self.adamw, "grad_scale", scale)  # noqa: B010 (mypy does not know it)
-        self.adamw.step()
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if parameter is not master:
-                parameter.copy_(master)
-
     def state(self) -> dict[str, Any]:
-        """All that resuming needs beside the weights: tensors, numbers and names only."""
-        if self.in_place is not None:
-            return {"names": self.names, "in_place": self.in_place.state()}
-        masters = [None if p is m else m.detach() for p, m in zip(self.parameters, self.masters, strict=True)]
-        return {"names": self.names, "adamw": self.adamw.state_dict(), "masters": masters}
+        """All that resuming needs beside the weights: tensors, numbers and names only; the same wherever they are."""
+        return {"names": self.names, **self.adamw.state()}
 
-    @torch.no_grad()
     def restore(self, state: Mapping[str, Any], where: str) -> None:
         """Takes over what `state` gave; `where` names its file if it is another model's (UserError)."""
-        if state["names"] != self.names or (self.in_place is None) != ("in_place" not in state):
+        if state["names"] != self.names or not self.adamw.made(state):
             raise UserError(
                 "the optimizer state belongs to other parameters, or to another `rounding`",
                 where,
                 "resume with the config of the run, or start with `--fresh`",
             )
-        if self.in_place is not None:
-            self.in_place.restore(state["in_place"])
-            return
-        self.adamw.load_state_dict(state["adamw"])
-        for parameter, master, saved in zip(self.parameters, self.masters, state["masters"], strict=True):
-            if parameter is not master:
-                master.copy_(parameter if saved is None else saved)
+        self.adamw.restore(state)
 
 
 def _norm(gradients: Sequence[Tensor]) -> float:

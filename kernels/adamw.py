@@ -9,6 +9,8 @@ but by the right amount on average (Gupta et al., 2015). That saves the 4 bytes 
 `state_dtype` bfloat16 4 of the 8 bytes of the moments, which are rounded the same way.
 
     adamw_step_(weights, gradients, means, squares, lr=1e-6, step=1, seed=0)
+
+Tensors may also be parts of larger ones, by `places`: a step part by part gives the bits of one step of the whole.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ import torch
 from ilr_kernels.backend import uses_triton
 from torch import Tensor
 
-CHUNK = 2**22  # elements worked on at once on the CPU
+CHUNK = 2**18  # elements worked on at once on the CPU, with random numbers of their own; parts begin at multiples of it
+TENSOR = 2**40  # a tensor has fewer elements
 WEIGHTS = (torch.float32, torch.bfloat16)
 
 
@@ -40,31 +43,35 @@ def adamw_step_(
     scale: float = 1.0,
     seed: int = 0,
     stochastic: bool = True,
+    places: Sequence[tuple[int, int]] | None = None,
 ) -> None:
     """One AdamW step of every tensor in `weights`, which with `means` and `squares` is overwritten.
 
     The four sequences have equal lengths, and their tensors equal shapes place by place; all are contiguous and on one
     device. Weights, means and squares are float32 or bfloat16 (each sequence of one dtype or mixed), gradients any
     float dtype. `step` counts from 1; gradients are multiplied with `scale` as they are read. bfloat16 results are
-    rounded stochastically by random numbers that depend on `seed`, the place in the sequences and the element alone
-    (another `seed` for every step), or to the nearest without `stochastic`. On a GPU one launch for each combination of
-    dtypes. Raises ValueError naming the argument.
+    rounded stochastically by random numbers that depend on `seed`, the tensor's number and the element alone (another
+    `seed` for every step), or to the nearest without `stochastic`. `places` gives each tensor's number, by default its
+    place in the sequences, and its first element, a multiple of CHUNK, where it is a part of a flattened tensor. On a
+    GPU one launch for each combination of dtypes. Raises ValueError naming the argument.
     """
+    places = places if places is not None else [(number, 0) for number in range(len(weights))]
     _check(weights, gradients, means, squares, step, lr)
+    _check_places(places, len(weights))
     constants = (lr, beta1, beta2, eps, weight_decay, 1 / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step), scale)
     if not weights:
         return
     if uses_triton(weights[0]):
         from ilr_kernels.adamw_triton import launch
 
-        launch(weights, gradients, means, squares, constants, seed, stochastic)
+        launch(weights, gradients, means, squares, constants, seed, stochastic, places)
         return
-    generator = torch.Generator().manual_seed(seed & (2**63 - 1))
-    for tensors in zip(weights, gradients, means, squares, strict=True):
+    generator = torch.Generator()
+    for tensors, (number, first) in zip(zip(weights, gradients, means, squares, strict=True), places, strict=True):
         weight, gradient, mean, square = (x.view(-1) for x in tensors)
         for start in range(0, weight.numel(), CHUNK):
             piece = slice(start, start + CHUNK)
-            rounds = generator if stochastic else None
+            rounds = generator.manual_seed(_mixed(seed, number, first + start)) if stochastic else None
             _step_of(weight[piece], gradient[piece], mean[piece], square[piece], constants, rounds)
 
 
@@ -96,6 +103,22 @@ def _step_of(
     for target, value in ((weight, w), (mean, m), (square, v)):
         rounds = generator is not None and target.dtype == torch.bfloat16
         target.copy_(round_stochastically(value, generator) if rounds and generator is not None else value)
+
+
+def _mixed(seed: int, number: int, element: int) -> int:
+    """A seed in [0, 2^63) for the elements from `element` on of a tensor (Steele, Lea and Flood's finalizer, 2014)."""
+    x = (seed + 0x9E3779B97F4A7C15 * (1 + number * TENSOR + element)) & (2**64 - 1)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = ((x ^ (x >> shift)) * factor) & (2**64 - 1)
+    return (x ^ (x >> 31)) >> 1
+
+
+def _check_places(places: Sequence[tuple[int, int]], tensors: int) -> None:
+    if len(places) != tensors:
+        raise ValueError(f"places must hold {tensors} pairs, one for each of weights, not {len(places)}")
+    for i, (number, first) in enumerate(places):
+        if not 0 <= number < 2**23 or not 0 <= first < TENSOR or first % CHUNK:
+            raise ValueError(f"places[{i}] must be a number and a multiple of {CHUNK}, not {(number, first)}")
 
 
 def _check(

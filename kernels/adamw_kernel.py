@@ -33,8 +33,8 @@ def _at(p_first, p_units):
 
 @triton.jit(do_not_specialize=["seed"])
 def adamw_kernel(
-    p_table,  # [5, tensors] int64: weights, gradients, means and squares, in units of 16 bytes from the first of each;
-    # and numbers of elements, in units of UNIT
+    p_table,  # [6, tensors] int64: weights, gradients, means and squares, in units of 16 bytes from the first of each;
+    # numbers of elements, in units of UNIT; and where each begins in the sequence of random numbers
     p_tensor,  # [programs] int32: the tensor that a program works on
     p_first,  # [tensors] int32: the first of its programs
     p_weight,  # the first of each
@@ -78,7 +78,7 @@ def adamw_kernel(
     b_low, b_high = 0, 0
     b_other = 0
     if STOCHASTIC:
-        b_bits = tl.randint(seed, program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK), n_rounds=7).to(tl.uint32)
+        b_bits = tl.randint(seed, tl.load(p_table + 5 * tensors + tensor) + o, n_rounds=7).to(tl.uint32)
         b_low, b_high = b_bits & 0xFFFF, b_bits >> 16
         b_other = (b_bits * 2654435769) >> 16  # a third draw, for the squares
     _store(p_w, b_w, m, b_low, STOCHASTIC)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import cache
 
 import torch
+from ilr_kernels.adamw import TENSOR
 from ilr_kernels.adamw_kernel import adamw_kernel
 from ilr_kernels.backend import on_device
 from torch import Tensor
@@ -26,15 +27,18 @@ def launch(
     constants: tuple[float, ...],
     seed: int,
     stochastic: bool,
+    places: Sequence[tuple[int, int]],
 ) -> None:
     """The arguments have been checked."""
-    kinds: dict[tuple, list[tuple[Tensor, ...]]] = {}
-    for tensors in zip(weights, gradients, means, squares, strict=True):
+    kinds: dict[tuple, list[tuple[tuple[Tensor, ...], int]]] = {}
+    for tensors, (number, first) in zip(zip(weights, gradients, means, squares, strict=True), places, strict=True):
         if tensors[0].numel() > 0:
             unit = UNIT if tensors[0].numel() % UNIT == 0 else 1
-            kinds.setdefault((unit, *(x.dtype for x in tensors)), []).append(_aligned(tensors))
-    for number, (kind, group) in enumerate(kinds.items()):
-        _launch(group, constants, (seed + 0x9E3779B97F4A7C15 * (number + 1)) & (2**62 - 1), stochastic, kind[0])
+            origin = number * TENSOR + first
+            kinds.setdefault((unit, *(x.dtype for x in tensors)), []).append((_aligned(tensors), origin))
+    for kind, group in kinds.items():
+        tensors_N, origins_N = zip(*group, strict=True)
+        _launch(tensors_N, origins_N, constants, seed & (2**62 - 1), stochastic, kind[0])
 
 
 def _aligned(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -47,14 +51,19 @@ def _aligned(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _launch(
-    group: Sequence[tuple[Tensor, ...]], constants: tuple[float, ...], seed: int, stochastic: bool, unit: int
+    group: Sequence[tuple[Tensor, ...]],
+    origins: Sequence[int],
+    constants: tuple[float, ...],
+    seed: int,
+    stochastic: bool,
+    unit: int,
 ) -> None:
     device = group[0][0].device
     sizes = tuple(tensors[0].numel() for tensors in group)
     programs, tensor_P, first_N = _schedule(sizes, device)
     firsts = [x.data_ptr() for x in group[0]]
     places = [[(tensors[i].data_ptr() - firsts[i]) // 16 for tensors in group] for i in range(4)]
-    table = torch.tensor([*places, [size // unit for size in sizes]], dtype=torch.int64)
+    table = torch.tensor([*places, [size // unit for size in sizes], list(origins)], dtype=torch.int64)
     if device.type == "cuda":
         table = table.pin_memory().to(device, non_blocking=True)
     with on_device(group[0][0]):

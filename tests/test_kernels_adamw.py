@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from ilr_kernels import reference
-from ilr_kernels.adamw import adamw_step_, round_stochastically
+from ilr_kernels.adamw import CHUNK, adamw_step_, round_stochastically
 from torch import Tensor
 
 BOTH = ["cpu", pytest.param("cuda", marks=[
@@ -109,6 +109,27 @@ def test_the_seed_decides(device: str) -> None:
     assert not all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+@pytest.mark.parametrize("device", BOTH)
+def test_part_by_part_is_the_whole(device: str) -> None:
+    """Parts of flattened tensors, in any company, give the bits of one step of all."""
+    sizes = [CHUNK + 5000, 40, 2 * CHUNK + 16, 3]
+
+    def lists() -> Lists:
+        g = torch.Generator().manual_seed(1)
+        made = [[(0.02 * torch.randn(n, generator=g)).abs().bfloat16().to(device) for n in sizes] for _ in range(4)]
+        return tuple(made)  # type: ignore[return-value]
+
+    whole, parts = lists(), lists()
+    options = dict(lr=1e-3, step=5, seed=11)
+    adamw_step_(*whole, **options)
+    for taken in ([(0, 0, CHUNK), (3, 0, 3)], [(2, CHUNK, 2 * CHUNK), (0, CHUNK, CHUNK + 5000)],
+                  [(1, 0, 40)], [(2, 0, CHUNK), (2, 2 * CHUNK, 2 * CHUNK + 16)]):  # fmt: skip
+        pieces: Any = [[part[i][a:b] for i, a, b in taken] for part in parts]
+        adamw_step_(*pieces, **options, places=[(i, a) for i, a, _ in taken])
+    for part in (0, 2, 3):
+        assert all(torch.equal(a, b) for a, b in zip(whole[part], parts[part], strict=True))
+
+
 def test_numbers_at_the_edges() -> None:
     x = torch.tensor([3.4e38, -3.4e38, math.inf, -math.inf, math.nan, 0.0, -0.0, 1e-40])
     for seed in range(50):
@@ -132,6 +153,8 @@ def test_mistakes_are_named() -> None:
     refused(r"weights\[0\] must be float32 or bfloat16", [w[0].half(), *w[1:]], g, m, v)
     refused(r"squares\[2\] must be contiguous", w, g, m, [*v[:2], v[2].t().contiguous().t(), *v[3:]])
     refused(r"gradients\[1\] must be a float", w, [g[0], g[1].long(), *g[2:]], m, v)
+    refused(r"places must hold 6", places=[(0, 0)])
+    refused(r"places\[1\] must be a number and a multiple", places=[(0, 0), (1, 7), *[(2, 0)] * 4])
 
 
 @pytest.mark.interpret

@@ -26,7 +26,7 @@ LAYERS = {
         dialogue_rows transcripts""",
     "one agent": """engines engines.* attention flash_attention fused_layers products segments tree_plan prefixes
         micro_batches agent batch credit gradients in_place loading optimizer step_meter weights memory model_shape
-        activations""",
+        activations copies host_states""",
     "agents together": """hosts hosts.* team rollout context score ability difficulty ranking ranking_* checkpoint
         failures metrics trackers steplog progress runfolder plan fill_in plan_command plan_table""",
     "runs": """session heldout interaction alone evaluate evaluate_* benchmarks benchmarks.* train ablate ablate_*

@@ -7,11 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from ilr_kernels.adamw import CHUNK
 from torch import Tensor, nn
 
 from ilr_fast.config import OptimizerConfig
 from ilr_fast.errors import UserError
+from ilr_fast.host_states import HostStates
 from ilr_fast.optimizer import Optimizer
+
+DEVICES = ["cpu", pytest.param("cuda", marks=[
+    pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")])]  # fmt: skip
 
 
 def fresh(dtype: torch.dtype, count: int = 3) -> list[tuple[str, nn.Parameter]]:
@@ -80,6 +85,66 @@ def test_a_resumed_run_goes_on_bit_for_bit(changes: dict[str, str]) -> None:
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(whole, second, strict=True))
 
 
+KINDS = [
+    {"rounding": "copies"},
+    {"rounding": "copies", "dtype": torch.float32},
+    {"rounding": "stochastic", "moments": "bfloat16"},
+    {"rounding": "stochastic", "moments": "float32"},
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_states_on_the_host_give_the_same_bits(kind: dict[str, Any], device: str, monkeypatch) -> None:
+    """Parameters larger and smaller than a bucket, one of them now and then without a gradient."""
+    options = dict(kind)
+    dtype = options.pop("dtype", torch.bfloat16)
+    monkeypatch.setattr(HostStates.__init__, "__defaults__", (12 * CHUNK + 100,))
+    sizes = [(3, 5), (5, CHUNK // 2 + 7), (40, 64), (CHUNK,), (2 * CHUNK + 1000,), (17,)]
+    found: list[list[Tensor]] = []
+    states: list[dict] = []
+    for offload in ("none", "host"):
+        g = torch.Generator().manual_seed(0)
+        parameters = [
+            (f"w{i}", nn.Parameter((0.02 * torch.randn(s, generator=g)).to(dtype).to(device)))
+            for i, s in enumerate(sizes)
+        ]
+        made = optimizer(parameters, offload=offload, weight_decay=0.1, clip_norm=0.5, **options)
+        for step in range(1, 4):
+            for i, (_, weight) in enumerate(parameters):
+                gradient = torch.randn(weight.shape, generator=g).to(weight)
+                weight.grad = None if i == 2 and step == 2 else gradient
+            sinks = {parameters[3][1]: torch.randn(sizes[3], generator=g).to(device)}
+            made.step(step, sinks=sinks)
+        found.append([w.detach().clone() for _, w in parameters])
+        states.append(copy.deepcopy(made.state()))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert [flat.shape for flat in flattened(states[0])] == [flat.shape for flat in flattened(states[1])]
+    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(*map(flattened, states), strict=True))
+
+
+def flattened(state: Any) -> list[Tensor]:
+    if isinstance(state, Tensor):
+        return [state.float()]
+    below = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return [tensor for value in below for tensor in flattened(value)]
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if "dtype" not in k])
+@pytest.mark.parametrize(("before", "after"), [("none", "host"), ("host", "none"), ("host", "host")])
+def test_a_run_goes_on_with_its_states_elsewhere(kind: dict[str, Any], before: str, after: str) -> None:
+    whole = fresh(torch.bfloat16)
+    descend(whole, optimizer(whole, **kind), 1, 8)
+    parameters = fresh(torch.bfloat16)
+    made = optimizer(parameters, **kind, offload=before)
+    descend(parameters, made, 1, 4)
+    state = copy.deepcopy(made.state())
+    resumed = optimizer(parameters, **kind, offload=after)
+    resumed.restore(state, "trainer.pt")
+    descend(parameters, resumed, 5, 8)
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(whole, parameters, strict=True))
+
+
 def test_another_kind_of_state_is_refused() -> None:
     parameters = fresh(torch.bfloat16)
     state = optimizer(parameters, "copies").state()
@@ -93,5 +158,5 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     before = [w.detach().clone() for _, w in parameters]
     for _, weight in parameters:
         weight.grad = torch.full_like(weight, float("nan"))
-    assert made.step(1).skipped and made.in_place is not None and made.in_place.steps == 0
+    assert made.step(1).skipped and made.adamw.steps == 0
     assert all(torch.equal(w, b) and w.grad is None for (_, w), b in zip(parameters, before, strict=True))
