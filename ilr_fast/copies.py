@@ -1,4 +1,4 @@
-"""AdamW on float32 copies of 16-bit weights, which are rounded into the model after each step; on float32 weights itself.
+"""AdamW on float32 copies of 16-bit weights, rounded into the model after each step; float32 weights need no copies.
 
 torch's AdamW runs fused, on the CPU too: unfused it costs more there than the model does. Its kernel divides gradients
 by `grad_scale` as it reads them, as torch's GradScaler has it do, which saves a pass over all of them. With
