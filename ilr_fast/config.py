@@ -71,6 +71,16 @@ class EngineConfig:
         None, "vllm: tokens of prompts and generations that run at once; null: what the cache holds.", low=1
     )
     fast_start: bool = key(True, "vllm: no compilation and few CUDA graphs; false: slower to start, faster after.")
+    sleep: Literal["auto", "never", "cache", "turns"] = key(
+        "auto",
+        "What is given back meanwhile: nothing; keys and values while agents learn; all while another agent of `turns` "
+        "works; auto: the first of these that fits (docs/hosts.md).",
+    )
+
+    @property
+    def rests(self) -> Literal["never", "cache", "turns"]:
+        """What is given back, also where nothing has filled in `auto`."""
+        return "never" if self.sleep == "auto" else self.sleep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

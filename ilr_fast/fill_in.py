@@ -22,6 +22,7 @@ from ilr_fast.plan import Machine, RunPlan, estimated_contexts, place, plan_run
 # What a setting costs, as a share of the step's time: the order in which settings are tried. Not measured.
 MICRO_BATCHES = {16384: 0.0, 8192: 0.01, 4096: 0.04, 2048: 0.1, 1024: 0.25, 512: 0.5}
 OFFLOAD_COST, RECOMPUTE_COST = 0.08, 0.25
+SLEEPS = {"never": 0.0, "cache": 0.002, "turns": 0.5}
 DEFAULT_MICRO_BATCH = 8192
 SPARE = 0.04  # of the card, which `auto` leaves free: a plan is not exact
 
@@ -114,6 +115,10 @@ def _choices(config: Config, machine: Machine, shapes: Mapping[str, ModelShape])
             key, pays = "optimizer.offload", trained_count(agent, shapes[name]) > 10**8
             kept, away = (Setting(name, key, "none"),), (Setting(name, key, "host"),)
             options.append([(0.0, kept), (OFFLOAD_COST, away)] if pays and not on_cpu else [(0.0, kept)])
+    sleepers = [name for name, agent in config.agents.items() if agent.engine.sleep == "auto"]
+    if sleepers:
+        kinds = [kind for kind in SLEEPS if kind == "never" or not on_cpu and _may_sleep(config, kind)]
+        options.append([(SLEEPS[kind], tuple(Setting(n, "engine.sleep", kind) for n in sleepers)) for kind in kinds])
     combined = [
         (sum(cost for cost, _ in chosen), tuple(s for _, settings in chosen for s in settings))
         for chosen in itertools.product(*options)
@@ -140,10 +145,18 @@ def _excess(planned: RunPlan) -> int:
     )  # fmt: skip
 
 
+def _may_sleep(config: Config, kind: str) -> bool:
+    """Whether `engine.sleep: kind` frees anything: a lone agent has nobody to take turns with."""
+    return kind != "turns" or len(config.agents) > 1
+
+
 def _single(config: Config, machine: Machine) -> Iterator[tuple[float, Setting]]:
     """Changes that may save memory, each with its cost."""
     for name, agent in config.agents.items():
         on_card = place(agent, machine) != "cpu"
+        for kind in ("cache", "turns") if on_card else ():
+            if SLEEPS[kind] > SLEEPS[agent.engine.rests] and _may_sleep(config, kind):
+                yield SLEEPS[kind], Setting(name, "engine.sleep", kind)
         changes = [*_of_engine(agent, on_card), *(_of_training(agent, on_card) if agent.train != "none" else ())]
         yield from ((cost, Setting(name, key, value)) for cost, key, value in changes)
 

@@ -129,10 +129,9 @@ def estimated_contexts(config: Config) -> dict[str, int]:
 
 def residence(agent: AgentConfig) -> Residence:
     """What stays of an agent on its device while others are at work."""
-    sleep: Residence = getattr(agent.engine, "sleep", "awake")
-    if sleep in ("training", "away"):
-        return sleep
-    return "training" if agent.engine.name == "embedded" else "awake"
+    if agent.engine.rests == "turns":
+        return "away"
+    return "training" if agent.engine.name == "embedded" or agent.engine.rests == "cache" else "awake"
 
 
 def _phases(config: Config, memories: Mapping[str, AgentMemory]) -> tuple[Phase, ...]:
@@ -170,7 +169,7 @@ class _Crew:
             stays = residence(agent)
             if stays != "away" or name in present:
                 parts.append(Part(name, "weights", memory.weights))
-            parts.append(Part(name, "AdamW's states", memory.states))
+                parts.append(Part(name, "AdamW's states", memory.states))
             if agent.engine.name == "vllm":
                 parts.append(Part(name, "CUDA graphs", GRAPHS))
                 if stays == "awake":
@@ -228,7 +227,7 @@ def _host(
     base = [Part("", "processes", HOST_PROCESS * (1 + [a.host for a in config.agents.values()].count("process")))]
     base += [Part(name, "AdamW's states", memory.host_states) for name, memory in memories.items()]
     resting = [name for name in away if residence(config.agents[name]) == "away"]
-    base += [Part(name, "weights", away[name].weights) for name in resting]
+    base += [Part(name, "an agent that is away", away[name].weights + away[name].states) for name in resting]
     largest = max(away.values(), key=lambda memory: memory.host_weights, default=None)
     loading = [Part("", "weights in passing", largest.host_weights)] if largest else []
     phases = _phases(config, here) if here else ()

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,10 @@ from ilr_fast.chat import ChatFormat
 from ilr_fast.config import AgentConfig, Config
 from ilr_fast.errors import UserError
 from ilr_fast.hosts import Host
+from ilr_fast.metrics import Timer
 from ilr_fast.models import resolve_model
 from ilr_fast.progress import Progress
+from ilr_fast.residency import Residency, by_device
 from ilr_fast.rollout import Seat
 
 if TYPE_CHECKING:
@@ -32,11 +34,17 @@ class Team:
 
     hosts: Mapping[str, Host]
     seats: Mapping[str, Seat]
+    residencies: Sequence[Residency] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
         """The agents' names, in the config's order."""
         return tuple(self.hosts)
+
+    def measure(self, timer: Timer) -> None:
+        """Counts the seconds in which memory moves, from here on, for the phase `swap` of a step's timer."""
+        for residency in self.residencies:
+            residency.timer = timer
 
     def forget(self) -> None:
         """Empties the engines' caches. A cached prefix differs from one computed anew in its last bits, and a run that
@@ -85,20 +93,43 @@ def open_team(
         hosts: dict[str, Host] = {}
         with (progress or Progress(0)).phase("loading", len(config.agents)) as advance:
             logs = logs or Path(stack.enter_context(TemporaryDirectory(prefix="ilr-fast-logs-")))
-            away = _start(config, logs, stack)
+            apart = _start(config, logs, stack)
+            turns = [name for name, agent in config.agents.items() if agent.engine.rests == "turns"]
+            for name, process in apart.items():
+                if name not in turns:
+                    process.open()
             for name, agent in config.agents.items():
-                if name in away:
-                    hosts[name] = away[name]
-                else:
+                if name not in apart:
                     hosts[name] = open_host(name, agent, config, chats[name])
                     stack.callback(hosts[name].close)
                     advance()
-            wait_until_ready(away.values(), advance)
-        yield Team(hosts, {name: Seat(host, chats[name]) for name, host in hosts.items()})
+                else:
+                    hosts[name] = apart[name]
+                    if name in turns:
+                        apart[name].open()
+                        wait_until_ready([apart[name]], advance)
+                if name in turns[:-1]:  # room for the next one
+                    hosts[name].reside("away")
+            wait_until_ready([process for name, process in apart.items() if name not in turns], advance)
+        residencies, present = _residencies(config, hosts)
+        yield Team(present, {name: Seat(host, chats[name]) for name, host in present.items()}, residencies)
+
+
+def _residencies(config: Config, hosts: Mapping[str, Host]) -> tuple[tuple[Residency, ...], dict[str, Host]]:
+    """The schedulers, one for each device on which something moves, and the hosts as the run uses them."""
+    found, present = [], dict(hosts)
+    for names in by_device(config).values():
+        sleep = {name: config.agents[name].engine.rests for name in names}
+        if any(kind != "never" for kind in sleep.values()):
+            away = [name for name, kind in sleep.items() if kind == "turns"][:-1]
+            residency = Residency({name: hosts[name] for name in names}, sleep, away)
+            found.append(residency)
+            present |= residency.residents()
+    return tuple(found), present
 
 
 def _start(config: Config, logs: Path, stack: ExitStack) -> dict[str, ProcessHost]:
-    """Starts the processes of those agents that have one, and does not wait for them."""
+    """Starts the processes of those agents that have one; they load when they are opened."""
     from ilr_fast.hosts.process import ProcessHost
 
     crew: list[Link] = []

@@ -117,6 +117,7 @@ class _Steps:
     def step(self, step: int) -> None:
         """One rollout, one update of every agent, one row. All agents are updated, or none."""
         session, timer = self.session, Timer()
+        session.team.measure(timer)
         self.interactions.refresh(step)
         before = {name: host.stats() for name, host in session.team.hosts.items()}
         questions_Q = self.stream.questions_at(step, self.config.rollout.questions)

@@ -25,18 +25,19 @@ LAYERS = {
         rewards.* protocols protocols.* chat prompts models model_folder convert convert_* hub rows environment
         dialogue_rows transcripts""",
     "one agent": """engines engines.* attention flash_attention fused_layers products segments tree_plan prefixes
-        micro_batches agent batch credit gradients in_place loading optimizer step_meter weights memory model_shape
-        activations copies host_states""",
-    "agents together": """hosts hosts.* team rollout context score ability difficulty ranking ranking_* checkpoint
-        failures metrics trackers steplog progress runfolder plan fill_in plan_command plan_table""",
+        micro_batches agent batch credit gradients in_place loading optimizer parked step_meter weights memory
+        model_shape activations copies host_states""",
+    "agents together": """hosts hosts.* residency team rollout context score ability difficulty ranking
+        ranking_* checkpoint failures metrics trackers steplog progress runfolder plan fill_in plan_command
+        plan_table""",
     "runs": """session heldout interaction alone evaluate evaluate_* benchmarks benchmarks.* train ablate ablate_*
         calibration_effect merge finish show report report.* docs_config ilr_benchmarks.*""",
     "commands": "cli",
 }
 PURE = """types errors own quoting statistics interrupt durable config config_* data benchmark_sets choices tasks
-    tasks.* rewards rewards.* protocols protocols.* chat hosts rollout context score ability difficulty ranking
-    ranking_* checkpoint failures metrics trackers steplog progress runfolder environment dialogue_rows transcripts
-    report report.* show docs_config cli ilr_benchmarks.bench"""
+    tasks.* rewards rewards.* protocols protocols.* chat hosts residency rollout context score ability difficulty
+    ranking ranking_* checkpoint failures metrics trackers steplog progress runfolder environment dialogue_rows
+    transcripts report report.* show docs_config cli ilr_benchmarks.bench"""
 
 
 def short(module: str) -> str:

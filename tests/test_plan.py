@@ -159,7 +159,7 @@ def test_no_sizes(text):
         parse_size(text)
 
 
-@pytest.mark.parametrize(("gib", "status"), [("22GiB", 0), ("12GiB", 2)])
+@pytest.mark.parametrize(("gib", "status"), [("22GiB", 0), ("8GiB", 2)])
 def test_the_command(tmp_path, capfd, gib, status):
     overrides = []
     for name, agent in load_config(CONFIGS[0]).agents.items():

@@ -108,6 +108,10 @@ class EmbeddedEngine:
         if residence != "awake":
             self.forget()
 
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor of the trainer's lies in memory that the engine gives back: none does."""
+        return False
+
     def forget(self) -> None:
         """Drops keys and values and their memory; running requests go on."""
         self._batcher.forget()

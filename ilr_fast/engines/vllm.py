@@ -32,13 +32,17 @@ import torch
 from ilr_fast.engines.admission import Admission
 from ilr_fast.engines.embedded import PASSES_BETWEEN_STEPS, EngineStats
 from ilr_fast.engines.mistakes import mistake_of
+from ilr_fast.engines.regions import OutOfMemory
 from ilr_fast.engines.stops import Decoder, StopStrings
 from ilr_fast.engines.vllm_core import CoreOptions, open_core
 from ilr_fast.engines.vllm_logps import Noise, float32_logits
 from ilr_fast.engines.vllm_lora import Adapter
 from ilr_fast.engines.vllm_requests import Requests
+from ilr_fast.errors import UserError
 from ilr_fast.types import FinishReason, Generation, Residence, Sampling
 from ilr_fast.weights import CannotShare, WeightCopy, check_shared, share
+
+WAKING = "lower engine.cache_gib or micro_batch_tokens, set `engine.sleep: turns`, or free memory"
 
 
 @dataclass(slots=True, eq=False)
@@ -96,6 +100,7 @@ class VllmEngine:
         self._names = itertools.count()
         self._driver: asyncio.Task[None] | None = None
         self._stats = EngineStats()
+        self.residence: Residence = "awake"
 
     @property
     def shares(self) -> bool:
@@ -126,6 +131,8 @@ class VllmEngine:
             self._copy()
         if self._adapter is not None:
             self._adapter.write()
+        if self._core.weights is not None and self._adapter is None:
+            self._core.weights.changed()
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()  # vLLM may compute on a stream of its own
         self.forget()
@@ -136,15 +143,32 @@ class VllmEngine:
         self._client.reset_prefix_cache(reset_running_requests=True)
 
     def reside(self, residence: Residence) -> None:
-        """See types.Engine."""
+        """See types.Engine. Only a GPU's memory moves, and only where the options say that the engine sleeps."""
         if residence != "awake":
-            self.forget()
+            self._rest()
+        try:
+            if residence != "away":
+                self._core.wake(cache=residence == "awake")
+        except OutOfMemory as error:
+            raise UserError(f"{error}, as its engine wakes", f"{self._where}.engine", WAKING) from None
+        if residence == "away" and self._core.weights is not None:
+            self._core.weights.release(keep=True)
+        self.residence = residence
+
+    def _rest(self) -> None:
+        """Ends what nobody waits for, and gives keys and values back."""
+        self._abort([n for n, r in self._requests.items() if r.future.done()])
+        assert not self._requests, "an engine sleeps when nothing runs"
+        self.forget()
+        if self._core.cache is not None:
+            self._core.cache.release(keep=False)
 
     async def generate(self, tokens: Sequence[int], sampling: Sampling) -> Generation:
         """Samples a continuation of `tokens`; a request that fails gives `finish="error"`, never an exception.
 
         A generation that reaches `max_context` ends there with finish "length".
         """
+        assert self.residence == "awake", "an engine generates when its memory is there"
         self._stats.requests += 1
         mistake = mistake_of(tokens, sampling, vocabulary=self._vocabulary, max_context=self.max_context)
         if mistake:
@@ -168,6 +192,10 @@ class VllmEngine:
         """
         self._drain()
         return None if self._requests else self._noise.measure()
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor of the trainer's lies in memory that the engine gives back."""
+        return self._core.weights is not None and self._core.weights.holds(tensor)
 
     def close(self) -> None:
         """Ends vLLM's core; its keys and values are freed, shared weights live on in the trainer."""

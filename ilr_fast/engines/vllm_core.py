@@ -21,7 +21,9 @@ import torch
 from packaging.version import Version
 from torch import nn
 
+from ilr_fast.engines.regions import Region
 from ilr_fast.engines.vllm_lora import lora_arguments
+from ilr_fast.engines.vllm_memory import filling, open_regions, tensors_of
 from ilr_fast.engines.vllm_process import (
     class_kept_as_it_is,
     models_inspected_here,
@@ -44,6 +46,7 @@ class CoreOptions:
     """What an agent's engine is opened with.
 
     `cache_gib` None: room for all slots, at most a quarter of free memory. `tokens_in_flight` None: as the cache holds.
+    `sleeps`: its memory can be given back for a time (regions.py).
     """
 
     slots: int = 64
@@ -52,11 +55,12 @@ class CoreOptions:
     tokens_in_flight: int | None = None
     fast_start: bool = True
     seed: int = 0
+    sleeps: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Core:
-    """vLLM's in-process client, its worker and model, and what was settled on."""
+    """vLLM's in-process client, its worker and model, what was settled on, and regions where its memory can go."""
 
     client: Any
     worker: Any
@@ -64,10 +68,21 @@ class Core:
     max_context: int
     cache_bytes: int
     cache_tokens: int
+    weights: Region | None = None
+    cache: Region | None = None
+
+    def wake(self, *, cache: bool) -> None:
+        """Takes the weights' memory again, and that of keys and values if `cache`. OutOfMemory."""
+        if self.weights is not None:
+            self.weights.restore()
+        if self.cache is not None and cache:
+            self.cache.restore()
 
     def close(self) -> None:
         """Gives up keys and values. vLLM's groups and workspace are the process's: they end with its last core."""
         _open.discard(id(self.client))
+        if self.cache is not None:
+            self.cache.release(keep=False)
         if not _open:
             self.client.shutdown()
 
@@ -108,17 +123,22 @@ def open_core(model: Any, options: CoreOptions, where: str, device: torch.device
         _check_device(device, current_platform.device_type, where)
         _save_config(model, folder)
         arguments = _arguments(model, options, context, cache, device) | adapters
+        regions = open_regions(device, where) if options.sleeps and device.type == "cuda" else {}
         try:
             with models_inspected_here():
                 config = EngineArgs(model=folder, **arguments).create_engine_config()
-            with weights_left_in_place():
+            with weights_left_in_place(), filling(regions):
                 client = InprocClient(config, Executor.get_class(config), log_stats=False)
         except (ValueError, torch.OutOfMemoryError, RuntimeError) as error:
             raise _explained(error, model, where) from error
     _live_on(client)
     _open.add(id(client))
     worker = client.engine_core.model_executor.driver_worker
-    return Core(client, worker, worker.get_model(), context, cache, cache // _bytes_per_token(model))
+    if regions:
+        regions["weights"].steady(worker.get_model().parameters())
+        regions["kv_cache"].only(tensors_of(worker.model_runner.kv_caches))
+    memory = regions.get("weights"), regions.get("kv_cache")
+    return Core(client, worker, worker.get_model(), context, cache, cache // _bytes_per_token(model), *memory)
 
 
 def plain_llm(model: Any, options: CoreOptions, folder: str, device: torch.device) -> tuple[Any, Callable[[int], Any]]:

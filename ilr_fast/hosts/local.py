@@ -12,12 +12,13 @@ from __future__ import annotations
 import gc
 import os
 import resource
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from ilr_fast.agent import Agent
@@ -25,10 +26,15 @@ from ilr_fast.allocator import keep_freed_memory
 from ilr_fast.chat import ChatFormat
 from ilr_fast.config import AgentConfig, Config
 from ilr_fast.engines.embedded import EmbeddedEngine
+from ilr_fast.engines.regions import OutOfMemory
 from ilr_fast.engines.vllm import VllmEngine
 from ilr_fast.engines.vllm_core import CoreOptions
+from ilr_fast.errors import UserError
 from ilr_fast.loading import device_of, load_policy
+from ilr_fast.parked import Parked, tensors_in
 from ilr_fast.types import Generation, Residence, Sampling, StepResult, TrainingSequence
+
+TURNS = "lower micro_batch_tokens or engine.cache_gib, or free memory"
 
 
 class LocalHost:
@@ -37,6 +43,8 @@ class LocalHost:
     def __init__(self, agent: Agent, engine: EmbeddedEngine | VllmEngine):
         self.agent, self.engine = agent, engine
         self.name, self.trains, self.max_context = agent.name, agent.trains, engine.max_context
+        self._noise: float | None = None
+        self._parked = Parked(lambda: self._on_device(self._changing()), lambda: self._on_device(self._frozen()))
 
     async def generate(self, tokens: Sequence[int], sampling: Sampling) -> Generation:
         """Samples with the current weights."""
@@ -44,13 +52,13 @@ class LocalHost:
 
     def update(self, sequences: Sequence[TrainingSequence], step: int) -> StepResult:
         """See Host. What the embedded engine has cached goes first, so that its memory is free for training."""
-        noise = None
+        self._measure_noise()
         if isinstance(self.engine, EmbeddedEngine):
             self.engine.forget()
-        elif (every := self.agent.run.log.noise_every) and (step - 1) % every == 0:
-            noise = self.engine.noise()
         result = self.agent.update(sequences, step)
         self.engine.weights_changed()
+        due = self.agent.run.log.noise_every and (step - 1) % self.agent.run.log.noise_every == 0
+        noise, self._noise = self._noise if due else None, None
         return replace(result, metrics={**result.metrics, "engine_noise": noise})
 
     def start_update(self, sequences: Sequence[TrainingSequence], step: int) -> Callable[[], StepResult]:
@@ -79,10 +87,41 @@ class LocalHost:
         self.engine.forget()
 
     def reside(self, residence: Residence) -> None:
-        """See Host."""
-        self.engine.reside(residence)
+        """See Host. Weights of the trainer's own, its optimizer's states and a reference leave with the engine's."""
+        self._measure_noise()
+        try:
+            if residence != "away":
+                self._parked.come_back()
+            self.engine.reside(residence)
+            if residence == "away":
+                self._parked.leave()
+        except OutOfMemory as error:
+            raise UserError(f"{error}, as agents take turns", f"agents.{self.name}", TURNS) from None
         if residence != "awake" and self.agent.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _measure_noise(self) -> None:
+        """While the engine is awake, since it may sleep when the update asks for it."""
+        if isinstance(self.engine, VllmEngine) and self.engine.residence == "awake" and self.agent.run.log.noise_every:
+            self._noise = self.engine.noise()
+
+    def _changing(self) -> Iterator[Tensor]:
+        """What training changes and the engine does not move."""
+        agent = self.agent
+        yield from (p for p in agent.model.parameters() if p.requires_grad)
+        if agent.optimizer is not None and agent.sinks is not None:
+            yield from tensors_in(agent.optimizer.state())
+            yield from agent.sinks.buffers.values()
+
+    def _frozen(self) -> Iterator[Tensor]:
+        """What never changes."""
+        for model in (self.agent.model, self.agent.reference):
+            if model is not None:
+                yield from (p for p in model.parameters() if not p.requires_grad)
+
+    def _on_device(self, tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Those that take memory of a GPU of their own."""
+        return (t for t in tensors if t.device.type == "cuda" and not self.engine.holds(t))
 
     def stats(self) -> dict[str, float]:
         """Counters since start. `memory_peak_gib` is the highest so far, of the device; on the CPU of the process."""
@@ -133,6 +172,7 @@ def _with_vllm(name: str, agent: AgentConfig, config: Config, chat: ChatFormat) 
         cache_gib=agent.engine.cache_gib,
         tokens_in_flight=agent.engine.tokens_in_flight,
         fast_start=agent.engine.fast_start,
+        sleeps=agent.engine.rests != "never",
         seed=config.seed,
     )
     engine = VllmEngine(

@@ -1,7 +1,9 @@
 """An agent in a process of its own (worker.py): its own interpreter and CUDA context, its own log, its own death.
 
     crew: list[Link] = []
-    hosts = [ProcessHost(name, config, Path("runs/mine/logs"), crew) for name in config.agents]   # they load together
+    hosts = [ProcessHost(name, config, Path("runs/mine/logs"), crew) for name in config.agents]
+    for host in hosts:
+        host.open()                 # they load together
     wait_until_ready(hosts)
 
 Requests of one pass of the event loop go in one message, and are in the worker's engine before its next step. With
@@ -28,19 +30,25 @@ from ilr_fast.types import Generation, Residence, Sampling, StepResult, Training
 
 
 class ProcessHost:
-    """A `Host` (hosts/__init__.py) that starts to load; `wait_until_ready` must follow. Its log is `logs`/NAME.log."""
+    """A `Host` (hosts/__init__.py) whose process starts; `open` and `wait_until_ready` must follow.
+
+    Its log is `logs`/NAME.log.
+    """
 
     max_context: int
 
     def __init__(self, name: str, config: Config, logs: Path, crew: list[Link]):
-        self.name, self.trains = name, config.agents[name].train != "none"
+        self.name, self.trains, self._config = name, config.agents[name].train != "none", config
         self._lockstep = config.deterministic
         self._link = Link(name, "ilr_fast.hosts.worker", logs / f"{name}.log", crew)
-        self._opened = self._link.ask("open", name=name, config=to_tree(config))
         self._outgoing: list[list[Any]] = []
         self._keys = itertools.count()
         self._waiting: dict[int, asyncio.Future[Any]] = {}  # in lockstep: those that a step may answer
         self._driver: asyncio.Task[None] | None = None
+
+    def open(self) -> None:
+        """The agent starts to load."""
+        self._opened = self._link.ask("open", name=self.name, config=to_tree(self._config))
 
     @property
     def pid(self) -> int:
