@@ -10,7 +10,7 @@ from ilr_fast.report.arms import Arm, arms_of
 from ilr_fast.report.compare import Group, groups
 from ilr_fast.report.interaction import read_interaction
 from ilr_fast.report.runs import Run
-from ilr_fast.report.survey import Survey, difficulty_of, survey
+from ilr_fast.report.survey import READ_BYTES, Survey, difficulty_of, survey
 
 KEPT = 5  # dialogues of each kind and tenth of a run; fewer of each run where there are several
 
@@ -38,7 +38,8 @@ def read_content(runs: Sequence[Run]) -> Content:
     """Everything that the page needs of the runs."""
     arms = arms_of(runs)
     facts = {run.name: read_interaction(run) for run in runs}
-    surveys = {run.name: survey(run, difficulty_of(facts[run.name]), quota(len(runs))) for run in runs}
+    share = {"quota": quota(len(runs)), "most": READ_BYTES // max(1, len(runs))}
+    surveys = {run.name: survey(run, difficulty_of(facts[run.name]), **share) for run in runs}
     return Content(runs, arms, groups(arms), facts, surveys)
 
 

@@ -40,9 +40,10 @@ class StanceTally:
 
     @property
     def bins(self) -> list[str]:
-        """The difficulties that were met, easiest first; those of unknown difficulty last."""
+        """The difficulties that were met: fifths, then levels, easiest first; unknown ones last."""
         found = {key[2] for key in self.n}
-        return sorted(found, key=lambda b: (b == "unknown", FIFTHS.index(b) if b in FIFTHS else 0, len(b), b))
+        levels = sorted(found - {*FIFTHS, "unknown"}, key=lambda level: (len(level), level))
+        return [name for name in (*FIFTHS, *levels, "unknown") if name in found]
 
     def _bin(self, transcript: Transcript, agent: str) -> str:
         known = self.difficulty.get(agent) or {}

@@ -1,7 +1,7 @@
 """One pass over a run's dialogues, for everything that the report says about them. Memory does not grow with the run.
 
-Files are read one line after the other. Where they are more than READ_BYTES together, every k-th step is read, with the
-smallest k that stays below; the page says so.
+Files are read one line after the other. Where those of all runs are more than READ_BYTES, every k-th step is read, with
+the smallest k that keeps a run below its share; the page says so.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ilr_fast.report.runs import Run, mapping
 from ilr_fast.report.stances import StanceTally
 from ilr_fast.transcripts import Transcript, read_steps, stream_transcripts
 
-READ_BYTES = 4 << 30
+READ_BYTES = 1 << 30  # about six seconds of one core
 Answers = dict[str, dict[str, list[int]]]  # agent → question → [right first answers, first answers]
 
 
@@ -39,10 +39,12 @@ class Survey:
         return {question: right / n for question, (right, n) in self.firsts.get(agent, {}).items()}
 
 
-def survey(run: Run, difficulty: Mapping[str, Mapping[str, float]], quota: int) -> Survey:
-    """Reads the run's dialogues. `difficulty`: D by agent and question; `quota`: see `Keeper`."""
+def survey(
+    run: Run, difficulty: Mapping[str, Mapping[str, float]], *, quota: int, most: int = READ_BYTES
+) -> Survey:
+    """Reads the run's dialogues, at most `most` bytes. `difficulty`: D by agent and question; `quota`: see `Keeper`."""
     there = read_steps(run.path)
-    steps = there[:: _stride(run, there)]
+    steps = there[:: _stride(run, there, most)]
     flips, stances, calibration = FlipTally(), StanceTally(difficulty), CalibrationTally()
     keeper, dialogues = Keeper(steps, quota), 0
     firsts: Answers = {}
@@ -64,9 +66,9 @@ def difficulty_of(facts: Mapping[str, object]) -> dict[str, dict[str, float]]:
     }
 
 
-def _stride(run: Run, steps: Sequence[int]) -> int:
+def _stride(run: Run, steps: Sequence[int], most: int) -> int:
     sizes = [(run.path / "dialogues" / f"step_{step:06d}.jsonl").stat().st_size for step in steps]
-    return max(1, -(-sum(sizes) // READ_BYTES))
+    return max(1, -(-sum(sizes) // most))
 
 
 def _count_firsts(firsts: Answers, transcript: Transcript) -> None:
