@@ -29,6 +29,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from ilr_fast.errors import UserError
 from ilr_fast.flash_attention import flash_attention, usable
+from ilr_fast.ticks import tick
 from ilr_fast.tree_plan import PackedSequences, TreePlan, pack_sequences, tree_plan
 
 __all__ = [
@@ -89,6 +90,7 @@ def packed_forward(model: nn.Module, tokens_T: Tensor, positions_T: Tensor, plan
 
     `tokens_T` and `positions_T` are int64 [T]; `plan` says who attends to whom. Works for full and peft models.
     """
+    tick()
     prepare(model)
     base = base_model_of(model)
     # A mask of four dimensions is passed on as it is: no mask is built, and none is looked at where a plan is given.

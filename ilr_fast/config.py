@@ -293,6 +293,9 @@ class Config:
     steps: int = key(100, "Optimizer steps (rollouts).", low=1)
     deterministic: bool = key(False, "Admission by order alone and deterministic kernels: two runs agree bit for bit.")
     threads: int | None = key(None, "CPU threads of the arithmetic; null: torch's choice.", low=1)
+    hang_limit: float | None = key(
+        900, "Seconds without progress after which an agent's process counts as hung and is ended; null: never.", low=3
+    )
     protocol: str = key("idea3", "Who speaks when: idea3, debate, single, or `module:Class`.")
     interaction: Literal["dynamic", "cooperation", "competition", "ratio", "none"] = key(
         "dynamic", "How agents face each question; `none`: the neutral instruction."

@@ -135,6 +135,19 @@ def without_timings(value: Any) -> Any:
     return value
 
 
+def said_in(run: Path, step: int) -> Any:
+    """A step's dialogues without their log-probs, whose last bits depend on what else was in a batch."""
+    return _without_floats(read_rows(run, f"dialogues/step_{step:06d}.jsonl"))
+
+
+def _without_floats(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_floats(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_without_floats(v) for v in value]
+    return None if isinstance(value, float) else value
+
+
 def weights_of(run: Path, step: int, name: str) -> bytes:
     """The bytes of an agent's weights in a checkpoint."""
     (file,) = (run / "checkpoints" / f"step_{step:06d}" / name).glob("*.safetensors")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from pathlib import Path
 
 import pytest
-from end_to_end import agent, read_rows, save_models, without_timings, write_config
+from end_to_end import agent, read_rows, said_in, save_models, without_timings, write_config
 
 from ilr_fast.cli import main
 from ilr_fast.errors import UserError
@@ -216,22 +215,9 @@ def awake(tmp_path_factory, models) -> Path:
 def test_sleep_changes_no_dialogue(tmp_path, models, awake, sleep, host):
     run = trained(tmp_path / "run", models, sleep, host)
     for step in (1, 2):
-        said = f"dialogues/step_{step:06d}.jsonl"
-        assert _tokens(run / said) == _tokens(awake / said), step
+        assert said_in(run, step) == said_in(awake, step), step
     assert all(row["seconds"]["swap"] > 0 for row in read_rows(run))
     assert all(row["seconds"]["swap"] is None for row in read_rows(awake))
     if sleep == "cache":
         assert [without_timings(row) for row in read_rows(run)] == [without_timings(row) for row in read_rows(awake)]
 
-
-def _tokens(path: Path) -> list:
-    """The dialogues without their log-probs, whose last bits depend on what else was in a batch."""
-    return [_without_floats(json.loads(line)) for line in path.read_text().splitlines()]
-
-
-def _without_floats(value):
-    if isinstance(value, dict):
-        return {k: _without_floats(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_without_floats(v) for v in value]
-    return None if isinstance(value, float) else value

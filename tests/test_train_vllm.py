@@ -10,7 +10,7 @@ from typing import Any
 
 import end_to_end
 import pytest
-from end_to_end import agent, read_rows, save_models, start, without_timings, write_config
+from end_to_end import agent, read_rows, said_in, save_models, start, without_timings, write_config
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -26,12 +26,17 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(
-    folder: Path, models: Path, host: str = "local", ada: dict[str, Any] | None = None, **changes: Any
+    folder: Path,
+    models: Path,
+    host: str = "local",
+    ada: dict[str, Any] | None = None,
+    sleep: str = "auto",
+    **changes: Any,
 ) -> tuple[int, list[dict[str, Any]]]:
     folder.mkdir()
     agents = {
-        "ada": agent(models, engine={**ENGINE, "weights": "share"}, host=host, **(ada or {})),
-        "bob": agent(models, "bob", engine={**ENGINE, "weights": "copy"}, host=host),
+        "ada": agent(models, engine={**ENGINE, "weights": "share", "sleep": sleep}, host=host, **(ada or {})),
+        "bob": agent(models, "bob", engine={**ENGINE, "weights": "copy", "sleep": sleep}, host=host),
     }
     config = write_config(folder, models, agents=agents, **{"steps": 2, **changes})
     process = start("train", str(config))
@@ -65,10 +70,28 @@ def test_an_agent_with_adapters_trains_with_vllm(tmp_path: Path, models: Path) -
     assert rows[0]["agents"]["ada"]["engine_noise"] < 1e-5 and rows[1]["agents"]["ada"]["engine_noise"] is None
 
 
-def test_a_deterministic_run_repeats(tmp_path: Path, models: Path) -> None:
-    runs = [train(tmp_path / name, models) for name in ("a", "b")]
-    rows = [[without_timings(row) for row in found] for _, found in runs]
-    assert rows[0] == rows[1] and len(rows[0]) == 2
+@pytest.fixture(scope="module")
+def deterministic(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Path:
+    """A run in which all stay awake."""
+    folder = tmp_path_factory.mktemp("deterministic") / "a"
+    assert train(folder, models, sleep="never")[0] == 0
+    return folder / "run"
+
+
+def test_a_deterministic_run_repeats(tmp_path: Path, models: Path, deterministic: Path) -> None:
+    _, rows = train(tmp_path / "b", models)
+    before = read_rows(deterministic)
+    assert [without_timings(row) for row in rows] == [without_timings(row) for row in before] and len(rows) == 2
     for step in (1, 2):
-        said = [(tmp_path / n / "run" / "dialogues" / f"step_{step:06d}.jsonl").read_bytes() for n in ("a", "b")]
-        assert said[0] == said[1]
+        file = f"dialogues/step_{step:06d}.jsonl"
+        assert (tmp_path / "b" / "run" / file).read_bytes() == (deterministic / file).read_bytes()
+
+
+def test_agents_that_take_turns_say_the_same(tmp_path: Path, models: Path, deterministic: Path) -> None:
+    status, rows = train(tmp_path / "a", models, sleep="turns")
+    assert status == 0 and len(rows) == 2
+    for row in rows:
+        assert row["seconds"]["swap"] > 0
+        assert said_in(tmp_path / "a" / "run", row["step"]) == said_in(deterministic, row["step"])
+        assert all(row["agents"][name]["logp_diff_max"] < 1e-4 for name in ("ada", "bob"))
+    assert all(noise < 1e-5 for noise in (rows[0]["agents"][name]["engine_noise"] for name in ("ada", "bob")))

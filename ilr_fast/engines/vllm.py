@@ -39,6 +39,7 @@ from ilr_fast.engines.vllm_logps import Noise, float32_logits
 from ilr_fast.engines.vllm_lora import Adapter
 from ilr_fast.engines.vllm_requests import Requests
 from ilr_fast.errors import UserError
+from ilr_fast.ticks import tick
 from ilr_fast.types import FinishReason, Generation, Residence, Sampling
 from ilr_fast.weights import CannotShare, WeightCopy, check_shared, share
 
@@ -204,6 +205,7 @@ class VllmEngine:
 
     def step(self) -> None:
         """One step of vLLM's; finished requests get their results."""
+        tick()
         start = time.perf_counter()
         try:
             self._take(self._client.get_output().outputs)

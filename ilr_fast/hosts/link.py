@@ -1,12 +1,13 @@
 """A worker process as seen from here: questions to it, answers from it, its log, and its end, which is never missed.
 
     crew: list[Link] = []
-    link = Link("ada", "ilr_fast.hosts.worker", Path("runs/mine/logs/ada.log"), crew)
+    link = Link("ada", "ilr_fast.hosts.worker", Path("runs/mine/logs/ada.log"), crew, hang_limit=900)
     link.ask("stats").result()
 
 Threads read and write, so that answers arrive whatever the caller does. When a worker ends, every question that the
 crew has open, and every later one, fails with `HostLost`: one agent alone is of no use, and nobody waits for a worker
-that another one keeps from working. The worker itself ends when this process does (worker.py).
+that another one keeps from working. So it is where a worker hangs: where it owes an answer and gives no sign of
+progress (pulse.py) for `hang_limit` seconds. The worker itself ends when this process does (worker.py).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import Future
 from pathlib import Path
 from queue import SimpleQueue
@@ -33,7 +35,7 @@ _LAST_SECONDS = 5.0  # a worker that has hung up may take so long to end
 class Link:
     """Starts `python -m module PARENT_PID` and joins `crew`. Safe to use from several threads."""
 
-    def __init__(self, name: str, module: str, log: Path, crew: list[Link]):
+    def __init__(self, name: str, module: str, log: Path, crew: list[Link], hang_limit: float | None = None):
         self.name, self._crew = name, crew
         self._pending: dict[int, Future[Any]] = {}
         self._ids = itertools.count(1)
@@ -42,10 +44,12 @@ class Link:
         self._lost: HostLost | None = None
         self._words = ""  # the error that the worker named before it ended
         self._closed = False
+        self._hang_limit, self._moves, self._at = hang_limit, 0, "its start"
+        self._moved = time.monotonic()  # when something was asked or answered, or progress was last seen
         self._process = _spawn(module)
         self._log = WorkerLog(self._process.stderr, log)  # type: ignore[arg-type]
         crew.append(self)
-        for part in (self._listen, self._speak):
+        for part in (self._listen, self._speak, *([self._watch] if hang_limit is not None else [])):
             threading.Thread(target=part, name=f"link of {name}", daemon=True).start()
 
     @property
@@ -66,6 +70,7 @@ class Link:
                 raise self._lost
             key, future = next(self._ids), Future[Any]()
             self._pending[key] = future
+            self._moved = time.monotonic()
         return key, future
 
     def post(self, message: messages.Message) -> None:
@@ -92,17 +97,38 @@ class Link:
         with contextlib.suppress(OSError, ValueError):
             for message in messages.read(self._process.stdout):  # type: ignore[arg-type]
                 self._words = message.get("failed", self._words)
+                if message.get("pulse", self._moves) != self._moves:
+                    self._moves, self._at, self._moved = message["pulse"], message["at"], time.monotonic()
                 for key, value, error in message.get("answers", ()):
                     self._answer(key, value, error)
-        if self._closed:
-            return
-        lost = self._cause()
+        if not self._closed:
+            self._lose(self._cause())
+
+    def _watch(self) -> None:
+        """Ends a worker that hangs."""
+        assert self._hang_limit is not None, "watched where there is a limit"
+        looked = time.monotonic()
+        while not self._closed and self._lost is None:
+            time.sleep(1.0)
+            before, looked = looked, time.monotonic()
+            with self._lock:
+                if looked - before > 3.0:  # this process stood still: what has come meanwhile is not read yet
+                    self._moved = looked
+                still = time.monotonic() - self._moved
+                hangs = bool(self._pending) and still > self._hang_limit
+            if hangs:
+                self._words = f"no sign of progress for {still:.0f} s, last in {self._at} (hang_limit)"
+                self._process.kill()
+                self._lose(self._cause())  # here too: a process that the kernel can't end keeps its pipe open
+
+    def _lose(self, lost: HostLost) -> None:
         for link in self._crew:
             link._fail(lost)
 
     def _answer(self, key: int, value: Any, error: Any) -> None:
         with self._lock:
             future = self._pending.pop(key)
+            self._moved = time.monotonic()
         if not future.set_running_or_notify_cancel():
             return
         if error is None:
@@ -124,7 +150,9 @@ class Link:
             status = self._process.wait(_LAST_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            status = self._process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_LAST_SECONDS)
+            status = -signal.SIGKILL
         tail = self._log.tail()
         log = f"its log is {self._log.path}" + (f"; it ends:\n{tail}" if tail else "")
         return HostLost(f"{self.name}: its process {_ended(status, self._words)}\n  → {log}")

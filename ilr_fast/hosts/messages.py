@@ -2,7 +2,8 @@
 
     host → worker   {"call": "update", "id": 7, "arguments": {…}}      answered under its id
                     {"call": "generate", "requests": [[8, tokens, sampling], …]}, {"call": "cancel", "ids": [8]}
-    worker → host   {"answers": [[8, generation, null], [7, null, error], …]}, {"failed": "OutOfMemoryError: …"}
+    worker → host   {"answers": [[8, generation, null], [7, null, error], …]}, {"failed": "OutOfMemoryError: …"},
+                    {"pulse": 17, "at": "agent.py:211 _optimize"} (pulse.py)
 
 Floats are written with as many digits as it takes to read the same bits again.
 """

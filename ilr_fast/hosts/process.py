@@ -40,7 +40,7 @@ class ProcessHost:
     def __init__(self, name: str, config: Config, logs: Path, crew: list[Link]):
         self.name, self.trains, self._config = name, config.agents[name].train != "none", config
         self._lockstep = config.deterministic
-        self._link = Link(name, "ilr_fast.hosts.worker", logs / f"{name}.log", crew)
+        self._link = Link(name, "ilr_fast.hosts.worker", logs / f"{name}.log", crew, config.hang_limit)
         self._outgoing: list[list[Any]] = []
         self._keys = itertools.count()
         self._waiting: dict[int, asyncio.Future[Any]] = {}  # in lockstep: those that a step may answer

@@ -20,12 +20,14 @@ import signal
 import sys
 import threading
 import traceback
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, BinaryIO
 
 from ilr_fast.hosts import Host, messages
 from ilr_fast.hosts.messages import Message
+from ilr_fast.hosts.pulse import Pulse
 from ilr_fast.rewards.worker import die_with
 from ilr_fast.types import Residence
 
@@ -165,6 +167,7 @@ def main(parent: int) -> None:
     die_with(parent)
     faulthandler.enable()
     requests, answers = pipes()
+    Pulse(partial(messages.write, answers)).start()
     try:
         asyncio.run(Worker(requests, answers).serve())
     except BaseException as error:
