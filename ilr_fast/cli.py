@@ -196,6 +196,23 @@ def _ablate(options: argparse.Namespace) -> None:
     ablate(config, train, methods=methods, seeds=seeds, jobs=jobs, command=_command_line())
 
 
+def _add_difficulty(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    parser.add_argument("--questions", type=int, default=100, help="the first so many training questions (default 100)")
+    parser.add_argument("--samples", type=int, default=8, help="answers to each, for pass rates (default 8)")
+    parser.add_argument("--out", default=None, metavar="FILE", help="JSON of what was measured")
+
+
+def _difficulty(options: argparse.Namespace) -> None:
+    from ilr_fast.config_parse import load_config
+    from ilr_fast.difficulty_study import difficulty_study
+
+    questions = _whole(str(options.questions), "--questions", least=2)
+    samples = _whole(str(options.samples), "--samples", least=1)
+    difficulty_study(load_config(options.config, options.overrides), questions=questions, samples=samples,
+                     out=Path(options.out) if options.out else None, command=_command_line())
+
+
 def _add_get_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="smollm2-135m-instruct or gemma-3-270m")
     parser.add_argument("folder", metavar="DIR", nargs="?", default=None, help="where to; default: the user's cache")
@@ -248,6 +265,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Command, st
     "report": (_add_runs, _report, "write report.html for one run or several"),
     "show": (_add_show, _show, "read a run's dialogues"),
     "ablate": (_add_ablate, _ablate, "base, GRPO, ILR and its parts from one config"),
+    "difficulty": (_add_difficulty, _difficulty, "self-ranked difficulty against levels, pass rates and chance"),
     "bench": (_add_bench, _bench, "the kernels' benchmarks: errors first, then times beside the limit"),
     "get-model": (_add_get_model, _get_model, "a small real model as a Hugging Face folder"),
 }
