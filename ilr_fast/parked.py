@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, UntypedStorage
 
-from ilr_fast.engines.regions import OutOfMemory, pinned
+from ilr_fast.engines.device_memory import OutOfMemory, pinned
 
 Tensors = Callable[[], Iterable[Tensor]]
 

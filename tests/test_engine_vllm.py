@@ -139,6 +139,28 @@ def test_forgetting_drops_the_cache_and_copies_no_weights() -> None:
     assert run(engine, [prompt], [greedy])[0].tokens != before.tokens
 
 
+@pytest.mark.parametrize("weights", ["share", "copy"])
+def test_an_engine_that_slept_has_forgotten_and_samples_from_the_update(weights: str) -> None:
+    model = small_model("llama")
+    engine = engine_for(model, weights=weights, sleeps=True)
+    prompt, greedy = prompts_of([200])[0], Sampling(4, temperature=0)
+    before, reused = run(engine, [prompt], [greedy])[0], engine.stats().tokens_reused
+    engine.reside("training")
+    engine.reside("awake")
+    assert run(engine, [prompt], [greedy])[0].tokens == before.tokens and engine.stats().tokens_reused == reused
+    engine.reside("training")
+    with pytest.raises(AssertionError, match="memory"):
+        run(engine, [prompt], [greedy])
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight.mul_(-3)
+    engine.weights_changed()
+    engine.reside("away")
+    engine.reside("awake")
+    after = run(engine, [prompt], [greedy])[0]
+    assert after.tokens[0] != before.tokens[0] and after.logps == expected(model, prompt, after)
+    assert engine.stats().tokens_reused == reused
+
+
 def test_weights_that_change_while_a_request_runs_are_used_from_then_on() -> None:
     model = small_model("llama")
     engine, prompts = engine_for(model), prompts_of([6, 30])

@@ -7,8 +7,9 @@ import ctypes
 import pytest
 import torch
 
-from ilr_fast.engines import regions
-from ilr_fast.engines.regions import OutOfMemory, Region
+from ilr_fast.engines import device_memory, regions
+from ilr_fast.engines.device_memory import OutOfMemory
+from ilr_fast.engines.regions import Region
 from ilr_fast.parked import Parked, tensors_in
 
 
@@ -112,7 +113,7 @@ def test_torch_frees_a_segment_that_is_away_without_an_error(device):
 
 
 def test_too_little_host_memory_is_said(device, monkeypatch):
-    monkeypatch.setattr(regions, "available_host_memory", lambda: 49)
+    monkeypatch.setattr(device_memory, "available_host_memory", lambda: 49)
     region = made(device, 30, 20)
     with pytest.raises(OutOfMemory, match="host"):
         region.release(keep=True)

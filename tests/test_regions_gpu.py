@@ -76,7 +76,7 @@ def test_what_is_not_kept_comes_back_as_zeros_and_the_rest_stays(region):
 
 
 def test_no_memory_to_wake_into_is_said_and_can_be_tried_again(region):
-    from ilr_fast.engines.regions import OutOfMemory
+    from ilr_fast.engines.device_memory import OutOfMemory
 
     with region.filling():
         parts = [torch.full((SIZE,), n, dtype=torch.uint8, device="cuda") for n in range(3)]

@@ -28,48 +28,11 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-Handle = tuple[int, int, int, int]  # device, bytes, address, CUDA's handle of the physical memory
-GIB = 2**30
-
-
-class OutOfMemory(RuntimeError):
-    """There is too little memory: `needed` bytes and `free` bytes, on the device or (`on_host`) in the host."""
-
-    def __init__(self, needed: int, free: int, on_host: bool = False):
-        place = "the host" if on_host else "the device"
-        super().__init__(f"{needed / GIB:.3g} GiB are needed and {free / GIB:.3g} GiB of {place}'s memory are free")
-
-
-class Driver(Protocol):
-    """What a region asks of the device; addresses and sizes in bytes."""
-
-    def map(self, handle: Handle) -> None:
-        """Puts new memory under the addresses. RuntimeError where there is none."""
-        ...
-
-    def unmap(self, handle: Handle) -> None:
-        """Gives the memory back."""
-        ...
-
-    def copy(self, to: int, source: int, size: int) -> None:
-        """Copies between host and device, and waits for it."""
-        ...
-
-    def zero(self, address: int, size: int) -> None:
-        """Fills with zeros."""
-        ...
-
-    def synchronize(self) -> None:
-        """Waits until nothing runs."""
-        ...
-
-    def free(self) -> int:
-        """Bytes that are free on the device."""
-        ...
+from ilr_fast.engines.device_memory import CudaDriver, Driver, Handle, OutOfMemory, pinned
 
 
 @dataclass(slots=True, eq=False)
@@ -234,61 +197,6 @@ class Region:
                 if segment is not None and not segment.dead:
                     blocks = [b for b in found["blocks"] if b["state"].startswith("active")]
                     yield segment, {b["address"] for b in blocks}
-
-
-class CudaDriver:
-    """A CUDA device, by vLLM's and torch's functions."""
-
-    def __init__(self, device: torch.device):
-        from vllm.device_allocator import cumem
-
-        self._cumem, self._device = cumem, device
-
-    def map(self, handle: Handle) -> None:
-        """See Driver."""
-        self._cumem.create_and_map(handle)
-
-    def unmap(self, handle: Handle) -> None:
-        """See Driver."""
-        self._cumem.unmap_and_release(handle)
-
-    def copy(self, to: int, source: int, size: int) -> None:
-        """See Driver."""
-        self._cumem.libcudart.cudaMemcpy(to, source, size)
-
-    def zero(self, address: int, size: int) -> None:
-        """See Driver."""
-        self._cumem.libcudart.cudaMemset(address, 0, size)
-
-    def synchronize(self) -> None:
-        """See Driver."""
-        torch.cuda.synchronize(self._device)
-
-    def free(self) -> int:
-        """See Driver."""
-        return torch.cuda.mem_get_info(self._device)[0]
-
-
-def pinned(size: int) -> torch.Tensor:
-    """`size` bytes of host memory, locked in place for fast copies where a CUDA device is used. OutOfMemory."""
-    free = available_host_memory()
-    if size > free:
-        raise OutOfMemory(size, free, on_host=True)
-    buffer = torch.empty(size, dtype=torch.uint8)
-    if torch.cuda.is_initialized():  # torch's own pinned memory comes in powers of two
-        cudart, address = torch.cuda.cudart(), buffer.data_ptr()
-        if int(cudart.cudaHostRegister(address, size, 0)) == 0:  # else copies take longer
-            weakref.finalize(buffer, cudart.cudaHostUnregister, address)
-    return buffer
-
-
-def available_host_memory() -> int:
-    """Bytes that processes can still get without swapping."""
-    with contextlib.suppress(OSError), open("/proc/meminfo", encoding="ascii") as file:
-        for line in file:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 _segments: dict[int, _Segment] = {}  # of the process, by address

@@ -30,9 +30,9 @@ from typing import Any, Literal
 import torch
 
 from ilr_fast.engines.admission import Admission
+from ilr_fast.engines.device_memory import OutOfMemory
 from ilr_fast.engines.embedded import PASSES_BETWEEN_STEPS, EngineStats
 from ilr_fast.engines.mistakes import mistake_of
-from ilr_fast.engines.regions import OutOfMemory
 from ilr_fast.engines.stops import Decoder, StopStrings
 from ilr_fast.engines.vllm_core import CoreOptions, open_core
 from ilr_fast.engines.vllm_logps import Noise, float32_logits

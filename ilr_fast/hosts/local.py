@@ -25,8 +25,8 @@ from ilr_fast.agent import Agent
 from ilr_fast.allocator import keep_freed_memory
 from ilr_fast.chat import ChatFormat
 from ilr_fast.config import AgentConfig, Config
+from ilr_fast.engines.device_memory import OutOfMemory
 from ilr_fast.engines.embedded import EmbeddedEngine
-from ilr_fast.engines.regions import OutOfMemory
 from ilr_fast.engines.vllm import VllmEngine
 from ilr_fast.engines.vllm_core import CoreOptions
 from ilr_fast.errors import UserError
