@@ -13,10 +13,11 @@ Gradients of micro-batches add up to those of one large batch, because a token's
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from ilr_kernels.lm_head import linear_logprob, linear_policy_loss
@@ -29,20 +30,39 @@ from ilr_fast.batch import BatchRules, PackedBatch, PackedStep, pack_step, split
 from ilr_fast.config import AgentConfig, Config, LossConfig
 from ilr_fast.fused_layers import fuse
 from ilr_fast.gradients import GradientSinks
-from ilr_fast.loading import load_policy, load_reference, restore_weights
+from ilr_fast.loading import load_policy, load_reference, recompute_activations, restore_weights
 from ilr_fast.models import resolve_model
 from ilr_fast.optimizer import Optimizer
+from ilr_fast.out_of_memory import MemoryGuard
 from ilr_fast.step_meter import METRICS, StepMeter
 from ilr_fast.types import StepResult, TrainingSequence
 
+Result = TypeVar("Result")
 FIRST_LOSS_SCALE = 2.0**12  # float16 gradients below 6e-8 would vanish; halved after every overflow
 
 
 class Given(NamedTuple):
-    """What the loss of a micro-batch takes as constants; None where it is not needed."""
+    """What the loss takes as constants, by trained token; None where it is not needed."""
 
     old_logp_N: Tensor | None
     ref_logp_N: Tensor | None
+
+    def at(self, token_N: Tensor) -> Given:
+        """Those of some tokens."""
+        return Given(*(None if x is None else x[token_N] for x in self))
+
+
+class _Minibatch:
+    """The sequences of one optimizer step, packed once for every number of tokens."""
+
+    def __init__(self, sequences: Sequence[TrainingSequence], pack: Callable[..., PackedStep]):
+        self._sequences, self._pack = sequences, pack
+        self._packed: tuple[int, PackedStep] | None = None
+
+    def packed(self, tokens: int) -> PackedStep:
+        if self._packed is None or self._packed[0] != tokens:
+            self._packed = tokens, self._pack(self._sequences, tokens)
+        return self._packed[1]
 
 
 class Agent:
@@ -77,6 +97,9 @@ class Agent:
             trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
             self.optimizer = Optimizer(trained, config.optimizer, run.steps, run.seed)
             self.sinks = GradientSinks(self.model.get_input_embeddings(), lm_head_of(self.model).weight)
+        self.recomputes = self.trains and config.gradient_checkpointing is True
+        spare = self._recompute if self.trains and not self.recomputes else None
+        self.guard = MemoryGuard(name, config.batch_tokens, spare)
 
     def update(self, sequences: Sequence[TrainingSequence], step: int) -> StepResult:
         """Trains on one rollout: `epochs` × `minibatches` optimizer steps at the rate of `step` (from 1).
@@ -85,19 +108,34 @@ class Agent:
         rollout in which no turn has a gradient. `tokens_trained` counts each token of the rollout once.
         """
         assert self.trains, "a peer that only talks is not updated"
-        packed = [self._pack(part) for part in split_by_question(sequences, self.loss.minibatches)]
+        minibatches = [_Minibatch(part, self._pack) for part in split_by_question(sequences, self.loss.minibatches)]
+        packed = [part.packed(self.guard.tokens) for part in minibatches]
         trained, dropped = sum(p.tokens_trained for p in packed), sum(p.tokens_dropped for p in packed)
-        parts = [p.batches for p in packed if p.batches]
+        parts = [part for part, p in zip(minibatches, packed, strict=True) if p.batches]
         if not parts:
             return StepResult(dict.fromkeys(METRICS), 0, dropped, "no turn has a gradient")
         meter = StepMeter()
-        several = self.loss.epochs * len(parts) > 1
-        given = [[self._given(batch, several, meter) for batch in part] for part in parts]
+        longest, several = max(p.longest for p in packed), self.loss.epochs * len(parts) > 1
+        del packed
+
+        def guarded(work: Callable[[int, StepMeter], Result]) -> Result:
+            """The work with micro-batches that fit; what it gathered before they did is left out."""
+
+            def attempt(tokens: int) -> Result:
+                gathered = StepMeter()
+                result = work(tokens, gathered)
+                meter.absorb(gathered)
+                return result
+
+            return self.guard.run(attempt, self._drop_gradients, longest)
+
+        given = [guarded(partial(self._given, part, several)) for part in parts]
         with self._training(step):
-            for _ in range(self.loss.epochs):
-                for part, constants in zip(parts, given, strict=True):
-                    self._optimize(part, constants, step, meter)
-        return StepResult(meter.metrics(), trained, dropped, _skipped(meter))
+            for epoch in range(self.loss.epochs):
+                for number, (part, constants) in enumerate(zip(parts, given, strict=True)):
+                    guarded(partial(self._optimize, part, constants, step, epoch + number == 0))
+            self._drop_gradients()
+        return StepResult(meter.metrics(), trained, dropped, _skipped(meter), self.guard.told())
 
     def reference_logps(self, sequences: Sequence[TrainingSequence]) -> list[tuple[float, ...]]:
         """The frozen reference's log-probs of every trained token, by sequence, its turns one after the other.
@@ -107,7 +145,7 @@ class Agent:
         everything = BatchRules(keep_dead=True)
         found: list[tuple[float, ...]] = []
         for sequence in sequences:
-            (batch,) = pack_step([sequence], everything, self.config.batch_tokens, self.device).batches
+            (batch,) = pack_step([sequence], everything, self.guard.tokens, self.device).batches
             found.append(tuple(self._reference_logp(batch).tolist()))
         return found
 
@@ -137,31 +175,47 @@ class Agent:
             return None
         return self.model if self.config.train == "lora" else load_reference(self.config, where)
 
-    def _pack(self, sequences: Sequence[TrainingSequence]) -> PackedStep:
-        return pack_step(sequences, self.rules, self.config.batch_tokens, self.device)
+    def _pack(self, sequences: Sequence[TrainingSequence], tokens: int) -> PackedStep:
+        return pack_step(sequences, self.rules, tokens, self.device)
 
-    def _given(self, batch: PackedBatch, several: bool, meter: StepMeter) -> Given:
-        """π_old and π_ref of a micro-batch, before the first update."""
-        old_N = batch.behavior_logp_N if several else None
-        if several and self.loss.old_logps == "trainer":
-            old_N = self._logp(self.model, batch)
-            meter.difference(old_N, batch.behavior_logp_N)
-        return Given(old_N, self._reference_logp(batch) if self.policy_loss.beta else None)
+    def _drop_gradients(self) -> None:
+        """All gradients and their memory."""
+        self.model.zero_grad(set_to_none=True)
+        if self.sinks is not None:
+            self.sinks.release()
 
-    def _optimize(self, part: Sequence[PackedBatch], given: Sequence[Given], step: int, meter: StepMeter) -> None:
-        """One optimizer step over its micro-batches."""
+    def _given(self, part: _Minibatch, several: bool, tokens: int, meter: StepMeter) -> Given:
+        """π_old and π_ref of a minibatch, before the first update."""
+        if not several and not self.policy_loss.beta:
+            return Given(None, None)
+        batches = part.packed(tokens).batches
+        found = []
+        for batch in batches:
+            old_N = batch.behavior_logp_N if several else None
+            if several and self.loss.old_logps == "trainer":
+                old_N = self._logp(self.model, batch)
+                meter.difference(old_N, batch.behavior_logp_N)
+            found.append(Given(old_N, self._reference_logp(batch) if self.policy_loss.beta else None))
+        order = torch.cat([batch.token_N for batch in batches]).argsort()
+        return Given(*(None if x[0] is None else torch.cat(x)[order] for x in zip(*found, strict=True)))
+
+    def _optimize(
+        self, part: _Minibatch, given: Given, step: int, first: bool, tokens: int, meter: StepMeter
+    ) -> None:
+        """One optimizer step over its micro-batches; `first`: no update of this rollout came before."""
         optimizer, sinks = self.optimizer, self.sinks
         assert optimizer is not None and sinks is not None, "a peer that only talks is not updated"
         self.model.zero_grad(set_to_none=True)
         sinks.clear()
-        before_any_update = not meter.outcomes
         with sinks.open():
-            for batch, constants in zip(part, given, strict=True):
+            for batch in part.packed(tokens).batches:
+                constants = given.at(batch.token_N)
                 loss, stats = self._loss(batch, constants, sinks.head)
                 loss.backward()
                 meter.loss(loss / self.loss_scale, stats)
-                if before_any_update and (constants.old_logp_N is None or self.loss.old_logps == "engine"):
+                if first and (constants.old_logp_N is None or self.loss.old_logps == "engine"):
                     meter.difference(stats["logp_T"], batch.behavior_logp_N)
+                del loss, stats
         outcome = optimizer.step(step, loss_scale=self.loss_scale, sinks=sinks.buffers)
         if outcome.skipped:
             self.loss_scale = max(1.0, self.loss_scale / 2)
@@ -208,11 +262,18 @@ class Agent:
         with self.model.disable_adapter() if self.reference is self.model else nullcontext():
             return self._logp(self.reference, batch)
 
+    def _recompute(self) -> None:
+        """From here on activations are recomputed, in an update that runs too."""
+        recompute_activations(self.model)
+        self.recomputes = True
+        self.model.train()
+
     @contextmanager
     def _training(self, step: int) -> Iterator[None]:
         """Train mode where something needs it (dropout of adapters, checkpointing), with random numbers of its own."""
-        if not self.config.gradient_checkpointing and not (self.config.train == "lora" and self.config.lora.dropout):
+        if not self.recomputes and not (self.config.train == "lora" and self.config.lora.dropout):
             yield
+            self.model.eval()  # recomputation may have begun meanwhile
             return
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):

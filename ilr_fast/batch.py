@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import numpy as np
@@ -50,7 +51,8 @@ class BatchRules:
 class PackedBatch:
     """One micro-batch: T packed tokens, of which N hidden rows are read; `packed_forward` takes the first three.
 
-    `rows_N` index T; `turn_N` numbers the turns of this micro-batch from 0. Integers are int64, the rest float32.
+    `rows_N` index T; `turn_N` numbers the turns of this micro-batch from 0, `token_N` the trained tokens of the whole
+    step, however it is cut into micro-batches. Integers are int64, the rest float32.
     """
 
     tokens_T: torch.Tensor
@@ -62,15 +64,18 @@ class PackedBatch:
     token_weight_N: torch.Tensor
     behavior_logp_N: torch.Tensor
     turn_N: torch.Tensor
+    token_N: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class PackedStep:
-    """The micro-batches of one optimizer step, and how many sampled tokens are in the loss and how many are not."""
+    """The micro-batches of one optimizer step, how many sampled tokens are in the loss and how many are not, and the
+    length of the longest sequence that is run."""
 
     batches: tuple[PackedBatch, ...]
     tokens_trained: int
     tokens_dropped: int
+    longest: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,6 +85,7 @@ class _Kept:
     tokens: np.ndarray
     turns: tuple[TrainingTurn, ...]
     weights: tuple[float, ...]  # of one token, by turn
+    first: int  # the number of its first trained token in the step
 
     @property
     def inputs(self) -> np.ndarray:
@@ -108,7 +114,7 @@ def pack_step(
     batches = tuple(_pack([kept[s] for s in part], torch.device(device), share) for part in parts)
     trained = sum(b.rows_N.numel() for b in batches)
     sampled = sum(turn.end - turn.start for s in sequences for turn in s.turns)
-    return PackedStep(batches, trained, sampled - trained)
+    return PackedStep(batches, trained, sampled - trained, max((len(s.inputs) for s in kept), default=0))
 
 
 def _weigh(sequences: Sequence[TrainingSequence], rules: BatchRules) -> list[_Kept]:
@@ -122,9 +128,11 @@ def _weigh(sequences: Sequence[TrainingSequence], rules: BatchRules) -> list[_Ke
             return 1 / total
         return 1 / (number * (rules.turn_limit if rules.aggregation == "dr_grpo" else turn.end - turn.start))
 
+    lengths = [sum(t.end - t.start for t in turns) for turns in live]
+    firsts = [0, *accumulate(lengths)]
     return [
-        _Kept(np.array(s.tokens[: turns[-1].end]), turns, tuple(map(weight, turns)))
-        for s, turns in zip(sequences, live, strict=True)
+        _Kept(np.array(s.tokens[: turns[-1].end]), turns, tuple(map(weight, turns)), first)
+        for s, turns, first in zip(sequences, live, firsts, strict=False)
         if turns
     ]
 
@@ -154,4 +162,11 @@ def _pack(sequences: Sequence[_Kept], device: torch.device, share: bool) -> Pack
         token_weight_N=by_token(weight for _, _, weight, _ in turns),
         behavior_logp_N=torch.from_numpy(logps).to(device),
         turn_N=torch.from_numpy(np.repeat(np.arange(len(turns)), lengths)).to(device),
+        token_N=torch.from_numpy(np.concatenate([_numbers(s) for s in sequences])).to(device),
     )
+
+
+def _numbers(sequence: _Kept) -> np.ndarray:
+    """The numbers of its trained tokens in the step."""
+    count = sum(t.end - t.start for t in sequence.turns)
+    return np.arange(sequence.first, sequence.first + count)

@@ -163,7 +163,7 @@ class _HostCopies:
     def _take_copies(self, masters: Sequence[Tensor | None]) -> None:
         for own, parameter, saved in zip(self.copies(), self._parameters, masters, strict=True):
             if own is not None:
-                own.copy_(parameter if saved is None else saved)
+                own.copy_(parameter.float() if saved is None else saved)  # on the GPU: the host takes its time
 
 
 def _contiguous(gradient: Tensor | None) -> Tensor:

@@ -1,15 +1,16 @@
-"""Where the gradients of the two largest matrices go: buffers that live as long as the model.
+"""Where the gradients of the two largest matrices go: buffers that live as long as an update.
 
 The LM head's gradient is added straight into its buffer by `linear_policy_loss`. The embedding's is added row by row,
 for the tokens that were read: autograd would make a new [V, D] of zeros for a few hundred rows and then add all of it.
 Where both are one tensor (tied embeddings) they share one buffer. Buffers are float32 for 16-bit weights too.
 
+    sinks.clear()
     with sinks.open():
         hidden_TD = packed_forward(...)      # the embedding's backward adds to the buffer
         loss, _ = linear_policy_loss(..., weight_grad_VD=sinks.head)
         loss.backward()
     optimizer.step(step, sinks=sinks.buffers)
-    sinks.clear()
+    sinks.release()
 """
 
 from __future__ import annotations
@@ -30,11 +31,6 @@ class GradientSinks:
         self.buffers: dict[Any, Tensor] = {}
         self._head = head_weight if head_weight.requires_grad else None
         self._scale = _row_scale(embedding)
-        if self._head is not None:
-            self.buffers[self._head] = torch.zeros_like(self._head, dtype=torch.float32)
-        if self._scale is not None:
-            weight: Any = embedding.weight
-            self.buffers.setdefault(weight, torch.zeros_like(weight, dtype=torch.float32))
 
     @property
     def head(self) -> Tensor | None:
@@ -42,9 +38,23 @@ class GradientSinks:
         return None if self._head is None else self.buffers[self._head]
 
     def clear(self) -> None:
-        """Sets every buffer to 0."""
+        """Sets every buffer to 0; makes those that are not there."""
         for buffer in self.buffers.values():
             buffer.zero_()
+        for weight in self._wanted():
+            if weight not in self.buffers:
+                self.buffers[weight] = torch.zeros_like(weight, dtype=torch.float32)
+
+    def release(self) -> None:
+        """Gives the buffers' memory back, until `clear`."""
+        self.buffers.clear()
+
+    def _wanted(self) -> Iterator[Any]:
+        """The weights that have a buffer; a tied one comes twice."""
+        if self._head is not None:
+            yield self._head
+        if self._scale is not None:
+            yield self.embedding.weight
 
     @contextmanager
     def open(self) -> Iterator[None]:

@@ -58,11 +58,16 @@ def for_training(model: Any, config: AgentConfig, where: str, seed: int) -> Any:
     model.requires_grad_(config.train == "full")
     if config.train == "lora":
         model = _with_adapters(model, config.lora, f"{where}.lora", seed)
-    if config.gradient_checkpointing and config.train != "none":
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+    if config.gradient_checkpointing is True and config.train != "none":
+        recompute_activations(model)
     lm_head_of(model)  # refuses an adapter on the LM head before anything runs
     return model.eval()
+
+
+def recompute_activations(model: Any) -> None:
+    """In train mode, backward passes recompute a layer's activations from its input."""
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
 
 
 def load_reference(config: AgentConfig, where: str) -> Any:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ilr_fast.config import OptimizerConfig
 from ilr_fast.copies import CopiedAdamW
-from ilr_fast.errors import UserError
+from ilr_fast.errors import RunError, UserError
 from ilr_fast.in_place import InPlaceAdamW
 
 
@@ -70,7 +70,12 @@ class Optimizer:
         finite = math.isfinite(norm)
         if finite:
             clip = 1.0 if self.config.clip_norm is None else min(1.0, self.config.clip_norm / (norm + 1e-6))
-            self.adamw.step(gradients, lr, clip / loss_scale)
+            try:
+                self.adamw.step(gradients, lr, clip / loss_scale)
+            except torch.OutOfMemoryError as error:  # some weights may have moved, so the step can't be taken again
+                what = f"out of memory while AdamW moved the weights ({str(error).partition(chr(10))[0]})"
+                remedy = "set optimizer.offload: host, or see `ilr-fast plan`; the run goes on from its last checkpoint"
+                raise RunError(f"{what}\n  → {remedy}") from None
         self.adamw.forget_gradients()
         return Outcome(norm, lr, not finite)
 

@@ -19,7 +19,7 @@ from ilr_fast.model_shape import ModelShape
 from ilr_fast.protocols import load_protocol
 from ilr_fast.types import Residence
 
-CONTEXT = int(0.55 * GIB)  # a process's CUDA context, its libraries and their work space
+CONTEXT = int(0.75 * GIB)  # a process's CUDA context, its libraries and their work space (0.72 on an H100)
 GRAPHS = int(0.3 * GIB)  # vLLM's graphs and work space beside those of a step
 HOST_PROCESS = int(0.6 * GIB)  # an interpreter with torch and transformers
 PROMPT_TOKENS = 512  # a question and its instructions, where they have not been counted

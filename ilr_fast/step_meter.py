@@ -28,6 +28,15 @@ class StepMeter:
         self._measured: set[str] = set()
         self._differences: list[Tensor] = []
 
+    def absorb(self, other: StepMeter) -> None:
+        """Adds what another has gathered."""
+        self.outcomes += other.outcomes
+        self._losses += other._losses
+        self._differences += other._differences
+        self._measured |= other._measured
+        for key, value in other._sums.items():
+            self._sums[key] = self._sums[key] + value if key in self._sums else value
+
     def loss(self, loss: Tensor, stats: Mapping[str, Any]) -> None:
         """One micro-batch: its share of the step's loss and the statistics of `linear_policy_loss`."""
         self._losses.append(loss.detach())

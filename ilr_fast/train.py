@@ -208,5 +208,7 @@ def update(session: Session, credited: Sequence[Credited], step: int, timer: Tim
         results = {}
         for name in hosts:
             results[name] = finish[name]() if name in finish else StepResult({}, 0, 0)
+            if results[name].note:
+                session.progress.warn(f"{name}: {results[name].note}")
             advance()
     return results

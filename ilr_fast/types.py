@@ -190,3 +190,4 @@ class StepResult:
     tokens_trained: int
     tokens_dropped: int
     skipped: str | None = None  # why no update was made (no gradient anywhere, a NaN gradient), else None
+    note: str | None = None  # what the user should know of it, else None

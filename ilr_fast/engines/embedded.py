@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from ilr_fast.attention import lm_head_of, packed_forward
 from ilr_fast.engines.batching import Batcher, Request, Step
 from ilr_fast.engines.cache import CachePlan, SlotCache
-from ilr_fast.engines.mistakes import mistake_of
+from ilr_fast.engines.mistakes import failure_of, mistake_of
 from ilr_fast.engines.sampler import sample
 from ilr_fast.engines.stops import Decoder, StopStrings
 from ilr_fast.types import FinishReason, Generation, Residence, Sampling
@@ -155,7 +155,7 @@ class EmbeddedEngine:
             self._sample(*self._forward(step))
         except Exception as error:  # the model's or the tokenizer's own: out of memory, a kernel's refusal
             failed = [r for r in step.requests if r in self._batcher.running]
-            self._fail(failed, f"{type(error).__name__}: {error}")
+            self._fail(failed, failure_of(error))
             self.weights_changed()  # what the cache holds is not known
         self._stats.steps += 1
         self._stats.seconds += time.perf_counter() - start

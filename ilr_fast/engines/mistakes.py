@@ -24,3 +24,11 @@ def mistake_of(tokens: Sequence[int], sampling: Sampling, *, vocabulary: int, ma
     if not 0 < sampling.top_p <= 1 or sampling.top_k < 0 or not all(sampling.stop):
         return "top_p must be in (0, 1], top_k not negative, and no stop string empty"
     return None
+
+
+def failure_of(error: Exception) -> str:
+    """What a request is told whose step failed."""
+    if type(error).__name__ == "OutOfMemoryError":
+        what = str(error).partition("\n")[0]
+        return f"out of memory while generating: lower engine.slots or engine.max_context; ilr-fast plan helps ({what})"
+    return f"{type(error).__name__}: {error}"

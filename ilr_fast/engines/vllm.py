@@ -32,7 +32,7 @@ import torch
 from ilr_fast.engines.admission import Admission
 from ilr_fast.engines.device_memory import OutOfMemory
 from ilr_fast.engines.embedded import PASSES_BETWEEN_STEPS, EngineStats
-from ilr_fast.engines.mistakes import mistake_of
+from ilr_fast.engines.mistakes import failure_of, mistake_of
 from ilr_fast.engines.stops import Decoder, StopStrings
 from ilr_fast.engines.vllm_core import CoreOptions, open_core
 from ilr_fast.engines.vllm_logps import Noise, float32_logits
@@ -210,7 +210,7 @@ class VllmEngine:
         try:
             self._take(self._client.get_output().outputs)
         except Exception as error:  # vLLM's own: out of memory, a kernel's refusal
-            self._fail(list(self._requests), f"{type(error).__name__}: {error}")
+            self._fail(list(self._requests), failure_of(error))
         self._stats.steps += 1
         self._stats.seconds += time.perf_counter() - start
 

@@ -79,7 +79,7 @@ def to_sequences(data: Sequence[Any]) -> list[TrainingSequence]:
 
 def from_result(result: StepResult) -> list[Any]:
     """An update's result as JSON."""
-    return [dict(result.metrics), result.tokens_trained, result.tokens_dropped, result.skipped]
+    return [dict(result.metrics), result.tokens_trained, result.tokens_dropped, result.skipped, result.note]
 
 
 def to_result(data: Sequence[Any]) -> StepResult:
