@@ -1,5 +1,5 @@
-"""What an update does when the device's memory runs out: gives up what it has of this optimizer step, and takes it again
-with smaller micro-batches.
+"""What an update does when the device's memory runs out: it gives up what it has of this optimizer step, and takes it
+again with smaller micro-batches.
 
 Nothing is lost by that: gradients only add up until AdamW moves, and they do not depend on how a step is cut into
 micro-batches. Half as many tokens are tried until each sequence goes alone; then activations are recomputed; then the

@@ -25,18 +25,11 @@ LAYERS = {
         rewards.* protocols protocols.* chat prompts models model_folder convert convert_* hub rows environment
         dialogue_rows transcripts""",
     "one agent": """engines engines.* attention flash_attention fused_layers products segments tree_plan prefixes
-<<<<<<< HEAD
         micro_batches agent batch credit gradients in_place loading optimizer parked step_meter weights memory
-        model_shape activations copies host_states""",
+        model_shape activations copies host_states out_of_memory""",
     "agents together": """hosts hosts.* residency team rollout context score ability difficulty ranking
         ranking_* checkpoint failures metrics trackers steplog progress runfolder plan fill_in plan_command
         plan_table""",
-=======
-        micro_batches agent batch credit gradients in_place loading optimizer step_meter weights memory model_shape
-        activations copies host_states out_of_memory""",
-    "agents together": """hosts hosts.* team rollout context score ability difficulty ranking ranking_* checkpoint
-        failures metrics trackers steplog progress runfolder plan fill_in plan_command plan_table""",
->>>>>>> 93eefc3 (Out of memory in an update: the step is taken again with smaller micro-batches, then with recomputation; sinks live as long as an update)
     "runs": """session heldout interaction alone evaluate evaluate_* benchmarks benchmarks.* train ablate ablate_*
         calibration_effect difficulty_study merge finish show report report.* docs_config ilr_benchmarks.*""",
     "commands": "cli",
