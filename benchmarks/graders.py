@@ -7,7 +7,7 @@ too (the shortcut for equal texts would call anything right); the written soluti
 box; and a perturbed answer must be wrong. MBPP's reference programs must pass in the sandbox within `MBPP_LIMIT`
 seconds (task 123 alone needs more than 10), and programs of the same names that return nothing must not. Then 20,000
 gradings in the mix of a training step, and texts that are made to hang the verifier. A row's `error` is its share of
-wrong verdicts; more than half a percent is a failure, and each is listed with its texts.
+wrong verdicts; more than half a percent (and than one) is a failure, and each is listed with its texts.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ def _checked(
         for (q, text), grade in zip(pairs, grades, strict=True) if grade.correct is not right or grade.reward is None
     ]  # fmt: skip
     share = len(wrong) / len(pairs)
-    status = {"status": f"wrong: {len(wrong)} of {len(pairs)}"} if share > MOST_WRONG else {}
+    too_many = len(wrong) > max(1, MOST_WRONG * len(pairs))
+    status = {"status": f"wrong: {len(wrong)} of {len(pairs)}"} if too_many else {}
     return row(f"{what}: {'right' if right else 'wrong'}", f"{name}, {len(pairs)} rows", [seconds], error=share,
                calls=len(pairs), exceptions=wrong, **status)  # fmt: skip
 
@@ -145,16 +146,15 @@ def _hostile(question: Question, grader: Grader) -> dict[str, Any]:
 
 
 def perturbed(answer: str) -> str:
-    """An answer that is near and wrong: its last number is larger by one; without a number, its text goes on.
+    """An answer that is near and wrong: its first number is larger by one; without a number, its text goes on.
 
-    >>> perturbed(r"\\frac{3}{4}")
-    '\\\\frac{3}{5}'
+    >>> perturbed("3/4 cm^2")
+    '4/4 cm^2'
     """
-    numbers = list(re.finditer(r"\d+", answer))
-    if not numbers:
+    first = re.search(r"\d+", answer)
+    if first is None:
         return rf"\text{{not {answer}}}" if answer.isalpha() and len(answer) > 1 else f"{answer} + 1"
-    last = numbers[-1]
-    return answer[: last.start()] + str(int(last[0]) + 1) + answer[last.end() :]
+    return answer[: first.start()] + str(int(first[0]) + 1) + answer[first.end() :]
 
 
 def without_bodies(program: str) -> str:

@@ -50,6 +50,10 @@ def question(answer: str) -> Question:
         (r"(3,\frac{\pi}{2})", r"(\frac{\pi}{2},3)", False),
         ("x^2+2x+1", "(x+1)^2", True),
         ("5", "x = 5", True),
+        ("4343_6", "4343_{6}", True),
+        ("4343_6", "4343_7", False),
+        ("4343_6", "4344_6", False),
+        ("a_1", "a_2", False),
         ("5", r"5 \text{ apples}", True),
         # several answers at once commit to none
         ("5", "3, 5", False),

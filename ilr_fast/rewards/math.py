@@ -21,6 +21,7 @@ from ilr_fast.rewards.pool import Broken, Pool, spawn_worker
 from ilr_fast.types import Grade, Question
 
 INTEGER = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,18})")
+BASE = re.compile(r"_\{?([0-9]+)\}?$")  # 4343_6: math-verify reads the digits and drops the base
 DECORATION = re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\\[!;: ]|\$|\.$")
 
 
@@ -77,6 +78,9 @@ def same_without_algebra(gold: str, answer: str) -> bool | None:
     gold_bare, answer_bare = _bare(gold), _bare(answer)
     if gold_bare and "".join(gold_bare.split()) == "".join(answer_bare.split()):
         return True
+    bases = BASE.search(gold_bare), BASE.search(answer_bare)
+    if all(bases) and bases[0][1] != bases[1][1]:  # type: ignore[index]
+        return False
     if INTEGER.fullmatch(gold_bare) and INTEGER.fullmatch(answer_bare):
         return int(gold_bare.replace(",", "")) == int(answer_bare.replace(",", ""))
     return None
