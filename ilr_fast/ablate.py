@@ -18,7 +18,7 @@
 
 An agent samples as many turns under the same limits in each, and the table states the tokens that came of it. Each
 variant stands in its own folder below `<run>-ablation`; what is finished is skipped and what was cut off goes on when
-the command is given again. The report over all is written beside them, and `ablation.json` (ablate_summary.py).
+the command is given again. The report over all is written beside them, with `ablation.json` and `ablation.png`.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ilr_fast.ablate_figure import can_draw, draw
 from ilr_fast.data import TASK
 from ilr_fast.durable import disk_errors, write_text
 from ilr_fast.report.compare import METHODS
@@ -31,11 +32,16 @@ Cell = tuple[str, str, str, str]  # agent, method, benchmark, mode
 
 
 def summarise(folder: Path, *, command: str, console: Console | None = None) -> dict[str, Any]:
-    """Writes `ablation.json` into an ablation's folder from the runs in it, prints the tables, and returns it."""
+    """Writes `ablation.json` into an ablation's folder from the runs in it, prints the tables, and returns it.
+
+    Where matplotlib is installed the figure, `ablation.png`, too.
+    """
     found = summary([read_run(file.parent) for file in sorted(folder.glob("*/config.yaml"))], command=command)
     with disk_errors(folder, "free some space and give the command again"):
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "ablation.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    if can_draw() and found["rows"]:
+        draw(found, folder / "ablation.png")
     if console is not None:
         _print(found["rows"], console)
     return found
