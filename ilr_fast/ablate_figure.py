@@ -50,7 +50,7 @@ def curves(runs: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[list[floa
     """Steps that all runs have, and each run's accuracy of first answers there."""
     lines = []
     for run in runs:
-        values = next((run[key] for key in FIRST if run.get(key)), [])
+        values: list[float | None] = next((run[key] for key in FIRST if run.get(key)), [])
         lines.append({step: v for step, v in zip(run["steps"], values, strict=False) if v is not None})
     steps = sorted(set.intersection(*map(set, lines))) if lines else []
     return steps, [[line[step] for step in steps] for line in lines]
