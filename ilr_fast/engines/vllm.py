@@ -208,7 +208,7 @@ class VllmEngine:
         tick()
         start = time.perf_counter()
         try:
-            self._take(self._client.get_output().outputs)
+            self._take(self._core.step())
         except Exception as error:  # vLLM's own: out of memory, a kernel's refusal
             self._fail(list(self._requests), failure_of(error))
         self._stats.steps += 1
@@ -308,5 +308,5 @@ class VllmEngine:
     def _drain(self) -> None:
         """Takes the results of steps that vLLM has begun already."""
         while getattr(self._client.engine_core, "batch_queue", None):
-            self._take(self._client.get_output().outputs)
+            self._take(self._core.step())
 

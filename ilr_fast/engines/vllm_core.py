@@ -68,8 +68,14 @@ class Core:
     max_context: int
     cache_bytes: int
     cache_tokens: int
+    stream: torch.cuda.Stream | None = None
     weights: Region | None = None
     cache: Region | None = None
+
+    def step(self) -> list[Any]:
+        """What vLLM's next finished step gave its requests; on a GPU a step more is then under way."""
+        with torch.cuda.stream(self.stream):  # None changes nothing
+            return list(self.client.get_output().outputs)
 
     def wake(self, *, cache: bool) -> None:
         """Takes the weights' memory again, and that of keys and values if `cache`. OutOfMemory."""
@@ -127,10 +133,13 @@ def open_core(model: Any, options: CoreOptions, where: str, device: torch.device
         try:
             with models_inspected_here():
                 config = EngineArgs(model=folder, **arguments).create_engine_config()
-            with weights_left_in_place(), filling(regions):
+            stream = _stream_of_its_own(current_platform, device)
+            with weights_left_in_place(), torch.cuda.stream(stream), filling(regions):
                 client = InprocClient(config, Executor.get_class(config), log_stats=False)
         except (ValueError, torch.OutOfMemoryError, RuntimeError) as error:
             raise _explained(error, model, where) from error
+    if stream is not None:
+        stream.synchronize()  # the weights are written from other streams next
     _live_on(client)
     _open.add(id(client))
     worker = client.engine_core.model_executor.driver_worker
@@ -138,7 +147,7 @@ def open_core(model: Any, options: CoreOptions, where: str, device: torch.device
         regions["weights"].steady(worker.get_model().parameters())
         regions["kv_cache"].only(tensors_of(worker.model_runner.kv_caches))
     memory = regions.get("weights"), regions.get("kv_cache")
-    return Core(client, worker, worker.get_model(), context, cache, cache // _bytes_per_token(model), *memory)
+    return Core(client, worker, worker.get_model(), context, cache, cache // _bytes_per_token(model), stream, *memory)
 
 
 def plain_llm(model: Any, options: CoreOptions, folder: str, device: torch.device) -> tuple[Any, Callable[[int], Any]]:
@@ -157,6 +166,17 @@ def plain_llm(model: Any, options: CoreOptions, folder: str, device: torch.devic
         return SamplingParams(max_tokens=tokens, ignore_eos=True, logprobs=0, detokenize=False)
 
     return llm, parameters
+
+
+def _stream_of_its_own(platform: Any, device: torch.device) -> torch.cuda.Stream | None:
+    """For all cores of a process but the first, so that their steps run beside each other on the GPU.
+
+    The graphs of cores on different streams must not share memory, as vLLM's graphs of one process do.
+    """
+    if device.type != "cuda" or not _open:
+        return None
+    type(platform)._global_graph_pool = None
+    return torch.cuda.Stream(device)
 
 
 def _live_on(client: Any) -> None:
