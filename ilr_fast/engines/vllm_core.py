@@ -31,6 +31,7 @@ from ilr_fast.engines.vllm_process import (
     process_kept_as_it_is,
     weights_left_in_place,
 )
+from ilr_fast.engines.vllm_quick import graphs, quick_start, spare_slots
 from ilr_fast.errors import UserError
 
 LOWEST, BEYOND = Version("0.25.1"), Version("0.33")
@@ -118,7 +119,7 @@ def open_core(model: Any, options: CoreOptions, where: str, device: torch.device
     model = model.get_base_model() if adapters else model
     context = _context(model, options, where)
     cache = _cache_bytes(model, options, context, device, where)
-    prepare_process()
+    prepare_process(pieces=options.fast_start)
     decoder = type(model.get_decoder())
     with process_kept_as_it_is(), class_kept_as_it_is(decoder), tempfile.TemporaryDirectory() as folder:
         from vllm.engine.arg_utils import EngineArgs
@@ -134,12 +135,13 @@ def open_core(model: Any, options: CoreOptions, where: str, device: torch.device
             with models_inspected_here():
                 config = EngineArgs(model=folder, **arguments).create_engine_config()
             stream = _stream_of_its_own(current_platform, device)
-            with weights_left_in_place(), torch.cuda.stream(stream), filling(regions):
+            with weights_left_in_place(), quick_start(), torch.cuda.stream(stream), filling(regions):
                 client = InprocClient(config, Executor.get_class(config), log_stats=False)
         except (ValueError, torch.OutOfMemoryError, RuntimeError) as error:
             raise _explained(error, model, where) from error
     if stream is not None:
         stream.synchronize()  # the weights are written from other streams next
+    spare_slots(client.engine_core.scheduler)
     _live_on(client)
     _open.add(id(client))
     worker = client.engine_core.model_executor.driver_worker
@@ -207,12 +209,7 @@ def _arguments(model: Any, options: CoreOptions, context: int, cache: int, devic
         "seed": options.seed,
     }
     if options.fast_start and not eager:
-        sizes = [n for n in (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512) if n < options.slots]
-        arguments["compilation_config"] = {
-            "mode": 0,
-            "cudagraph_mode": "FULL_DECODE_ONLY",
-            "cudagraph_capture_sizes": [*sizes, min(options.slots, 512)],
-        }
+        arguments["compilation_config"] = graphs(options.slots)
     return arguments
 
 

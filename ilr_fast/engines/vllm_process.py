@@ -20,10 +20,14 @@ from typing import Any
 import torch
 
 
-def prepare_process() -> None:
-    """What has to be set before vLLM is imported: its core in this process, few words, no report to its makers."""
+def prepare_process(*, pieces: bool = True) -> None:
+    """What has to be set before vLLM is imported: its core in this process, few words, no report to its makers.
+
+    `pieces`: CUDA graphs that stop at attention (vllm_quick.graphs); the first engine of a process decides.
+    """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    for name, value in (("VLLM_LOGGING_LEVEL", "ERROR"), ("VLLM_NO_USAGE_STATS", "1")):
+    quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+    for name, value in (quiet | ({"VLLM_USE_BREAKABLE_CUDAGRAPH": "1"} if pieces else {})).items():
         os.environ.setdefault(name, value)
 
 
