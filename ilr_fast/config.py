@@ -161,6 +161,12 @@ class RolloutConfig:
     stop: list[str] = key([], "Texts that end a turn, beside the template's own end of turn.")
     peer_tokens: int = key(512, "Of a peer's text the last so many tokens are kept.", low=1)
     show_peer_analyses: bool = key(False, "Show the peers' analyses before the fusion too.")
+    refill: int = key(
+        0, "Fresh questions of a step, at most, for those whose groups have no gradient (dynamic sampling).", low=0
+    )
+    stop_after_equal: int | None = key(
+        None, "Cut a question off when its first so many samples have equal rewards, a guess; null: never.", low=2
+    )
     rounds: int = key(2, "Rounds of a debate, the first answer included.", low=1)
 
 

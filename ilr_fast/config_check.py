@@ -37,6 +37,7 @@ def _findings(config: Config) -> Iterator[Finding]:
         remedy = "give a JSONL file, a Hub name or `task:NAME`"
         yield not getattr(config.data, part), "no questions", f"data.{part}", remedy
     yield from _rollout(config.rollout)
+    yield from _groups(config)
     yield from _loss(config.loss, config.rollout)
     yield from _peers(config)
     few = config.evaluate.few_shot
@@ -98,6 +99,32 @@ def _rollout(rollout: RolloutConfig) -> Iterator[Finding]:
     limits = rollout.max_tokens
     yield any(v < 1 for v in limits.values()), "a turn of no tokens", "rollout.max_tokens", "use 1 or more"
     yield "default" not in limits, "no limit for the other stages", "rollout.max_tokens", "add `default: N`"
+
+
+def _groups(config: Config) -> Iterator[Finding]:
+    """Groups that are replaced or cut off because they have no gradient must have none."""
+    rollout, loss = config.rollout, config.loss
+    stop = rollout.stop_after_equal
+    bonus = "the KL" if loss.beta else "the entropy bonus"
+    for path, used in (("rollout.refill", rollout.refill > 0), ("rollout.stop_after_equal", stop is not None)):
+        yield (
+            used and bool(loss.beta or loss.entropy_coef),
+            f"groups of equal rewards have a gradient all the same, by {bonus}",
+            path,
+            "leave it off, or set loss.beta and loss.entropy_coef to 0",
+        )
+    yield (
+        stop is not None and stop >= rollout.samples,
+        f"there is nothing to cut off after {stop} of {rollout.samples} samples",
+        "rollout.stop_after_equal",
+        f"use fewer than rollout.samples = {rollout.samples}, or null",
+    )
+    yield (
+        stop is not None and config.credit.calibrate == "advantage" and len(config.agents) > 1,
+        "groups of equal rewards have an advantage with `calibrate: advantage`, by their peers",
+        "rollout.stop_after_equal",
+        "use null, or another credit.calibrate",
+    )
 
 
 def _loss(loss: LossConfig, rollout: RolloutConfig) -> Iterator[Finding]:

@@ -84,6 +84,11 @@ def training_sequences(credited: Sequence[Credited], agent: str) -> list[Trainin
     return sequences
 
 
+def has_gradient(credited: Sequence[Credited], agents: Sequence[str]) -> bool:
+    """Whether a turn of one of these agents has an advantage other than 0."""
+    return any(any(one.advantages[agent]) for one in credited for agent in agents)
+
+
 def _layout(
     turns: Sequence[Turn], advantages: Sequence[float | None]
 ) -> tuple[tuple[int, ...], tuple[TrainingTurn, ...]]:

@@ -63,6 +63,13 @@ class Timer:
             self._settle()
             self._open.pop()
 
+    def move(self, seconds: float, source: str, target: str) -> None:
+        """Gives some of what was counted for one phase to another that ran in it."""
+        assert source in PHASES and target in PHASES
+        seconds = min(seconds, self._spent.get(source, 0.0))
+        self._spent[source] = self._spent.get(source, 0.0) - seconds
+        self._spent[target] = self._spent.get(target, 0.0) + seconds
+
     def seconds(self) -> dict[str, float | None]:
         """Seconds by phase up to now, None for one that did not run; `other` is what is left of `total`."""
         self._settle()

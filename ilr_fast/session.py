@@ -61,9 +61,9 @@ def prepare(config: Config) -> Ready:
     """Loads questions, templates and prompts, and checks that they fit together. Raises UserError."""
     check_trackers(config.log)
     splits = load_splits(config.data, config.seed)
-    if len(splits["train"]) < config.rollout.questions:
-        there, wanted = len(splits["train"]), config.rollout.questions
-        raise UserError(f"{there} training questions, fewer than the {wanted} of a step",
+    there, wanted = len(splits["train"]), config.rollout.questions + config.rollout.refill
+    if there < wanted:
+        raise UserError(f"{there} training questions, fewer than the {wanted} of a step (refill included)",
                         "data.train, rollout.questions", "give more questions, or ask fewer in a step")
     protocol = load_protocol(config.protocol, config)
     open_grader(config).close()

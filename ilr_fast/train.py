@@ -13,17 +13,18 @@ the stage), so weights, optimizer and step number are all that it needs.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ilr_fast.checkpoint import newest_good, save
 from ilr_fast.config import Config, calibration_is_noop
-from ilr_fast.credit import credit, training_sequences
+from ilr_fast.credit import credit, has_gradient, training_sequences
 from ilr_fast.data import QuestionStream
 from ilr_fast.errors import RunError
 from ilr_fast.failures import Failures, step_failures
+from ilr_fast.groups import Groups, OnDone, gather
 from ilr_fast.heldout import measure_after, measure_base, validate
 from ilr_fast.hosts import HostLost
 from ilr_fast.interaction import Interactions
@@ -43,8 +44,7 @@ from ilr_fast.types import Credited, Dialogue, Question, Scored, StepResult
 class Rollout:
     """A step's dialogues up to the advantages: nothing has been learned from them yet."""
 
-    dialogues: Sequence[Dialogue]
-    scored: Sequence[Scored]
+    groups: Groups
     credited: Sequence[Credited]
 
 
@@ -120,20 +120,22 @@ class _Steps:
         session.team.measure(timer)
         self.interactions.refresh(step)
         before = {name: host.stats() for name, host in session.team.hosts.items()}
-        questions_Q = self.stream.questions_at(step, self.config.rollout.questions)
-        rollout = roll_out(session, self.interactions, questions_Q, step, timer)
+        settings = self.config.rollout
+        questions = self.stream.questions_at(step, settings.questions + settings.refill)
+        rollout = roll_out(session, self.interactions, questions, step, timer)
         after = {name: host.stats() for name, host in session.team.hosts.items()}
         with self.interrupt.held():
             self.whole = False
             results = update(session, rollout.credited, step, timer)
             self.done, self.whole = step, True
-            failed = step_failures(step, rollout.dialogues, rollout.scored, results)
+            failed = step_failures(step, rollout.groups.dialogues, rollout.groups.scored, results)
             self.failures.add(failed)
             session.folder.write_dialogues(step, rollout.credited)
             self.row = metrics_row(step, rollout.credited, results, before, after, failed)
+            self.row["questions"] = {"replaced": rollout.groups.replaced, "stopped": rollout.groups.stopped}
         self.warn()
         self.finish(step, timer)
-        self.failures.check(failed, len(rollout.dialogues), step)
+        self.failures.check(failed, len(rollout.groups.dialogues), step)
 
     def warn(self) -> None:
         """Says, once for each agent, that the trainer does not see the distribution that the engine sampled from."""
@@ -173,27 +175,35 @@ class _Steps:
 
 
 def roll_out(
-    session: Session, interactions: Interactions, questions_Q: Sequence[Question], step: int, timer: Timer
+    session: Session, interactions: Interactions, questions: Sequence[Question], step: int, timer: Timer
 ) -> Rollout:
-    """Questions → dialogues → rewards → calibrated advantages."""
+    """Questions → dialogues → rewards, as each dialogue ends → calibrated advantages."""
     config, ready = session.config, session.ready
     session.team.forget()
     seed = request_seed(config.seed, "step", step)
-    jobs = [
-        DialogueJob(question, sample, interactions.of(question), seed)
-        for question in questions_Q
-        for sample in range(config.rollout.samples)
-    ]
-    with timer("generate"), session.progress.phase("dialogues", len(jobs)) as advance:
-        discussing = run_dialogues(
-            jobs, ready.protocol, session.team.seats, config.rollout, examples=ready.examples, on_done=advance
-        )
-        dialogues = asyncio.run(discussing)
-    with timer("reward"), session.progress.phase("rewards"):
-        scored = score(dialogues, session.grader, ready.protocol, config)
-        scored = penalise_divergence(scored, session.team.hosts, config.loss)
+
+    def converse(question: Question, on_done: OnDone) -> Coroutine[Any, Any, list[Dialogue]]:
+        samples = range(config.rollout.samples)
+        jobs = [DialogueJob(question, sample, interactions.of(question), seed) for sample in samples]
+        return run_dialogues(jobs, ready.protocol, session.team.seats, config.rollout,
+                             examples=ready.examples, on_done=lambda dialogue: (on_done(dialogue), advance()))
+
+    def rewards(dialogues: Sequence[Dialogue]) -> list[Scored]:
+        return score(dialogues, session.grader, ready.protocol, config)
+
+    def live(scored: Sequence[Scored]) -> bool:
+        learners = [name for name, host in session.team.hosts.items() if host.trains]
+        return has_gradient(credit(scored, session.team.names, config.credit), learners)
+
+    dialogues = config.rollout.questions * config.rollout.samples
+    with timer("generate"), session.progress.phase("dialogues", dialogues) as advance:
+        groups = asyncio.run(gather(questions, config.rollout, converse=converse, score=rewards, live=live,
+                                    inline=config.deterministic))
+    timer.move(groups.behind, "generate", "reward")
+    with timer("reward"):
+        scored = penalise_divergence(groups.scored, session.team.hosts, config.loss)
         credited = credit(scored, session.team.names, config.credit)
-    return Rollout(dialogues, scored, credited)
+    return Rollout(groups, credited)
 
 
 def update(session: Session, credited: Sequence[Credited], step: int, timer: Timer) -> dict[str, StepResult]:
