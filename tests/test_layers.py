@@ -36,8 +36,8 @@ LAYERS = {
 }
 PURE = """types errors own quoting statistics interrupt durable config config_* data benchmark_sets choices tasks
     tasks.* rewards rewards.* protocols protocols.* chat hosts residency rollout context score groups ability
-    difficulty ranking ranking_* checkpoint failures metrics trackers steplog progress runfolder environment dialogue_rows
-    transcripts report report.* show docs_config cli ilr_benchmarks.bench"""
+    difficulty ranking ranking_* checkpoint failures metrics trackers steplog progress runfolder environment
+    dialogue_rows transcripts report report.* show docs_config cli ilr_benchmarks.bench"""
 
 
 def short(module: str) -> str:
