@@ -31,7 +31,7 @@ def spare_slots(scheduler: Any) -> None:
     """
     manager = scheduler.kv_cache_manager
     sizes = {one.block_size for one in manager.coordinator.single_type_managers}
-    if len(sizes) != 1 or getattr(scheduler, "num_lookahead_tokens", 0):
+    if len(sizes) != 1 or getattr(scheduler, "num_lookahead_tokens", 0) != 0:
         return
     size, allocate, nothing = sizes.pop(), manager.allocate_slots, manager.empty_kv_cache_blocks
 
