@@ -27,7 +27,7 @@ LAYERS = {
     "one agent": """engines engines.* attention flash_attention fused_layers products segments tree_plan prefixes
         micro_batches agent batch credit gradients in_place loading optimizer parked step_meter weights memory
         model_shape activations copies host_states out_of_memory""",
-    "agents together": """hosts hosts.* residency team rollout context score ability difficulty ranking
+    "agents together": """hosts hosts.* residency team rollout context score groups ability difficulty ranking
         ranking_* checkpoint failures metrics trackers steplog progress runfolder plan fill_in plan_command
         plan_table""",
     "runs": """session heldout interaction alone evaluate evaluate_* benchmarks benchmarks.* train ablate ablate_*
