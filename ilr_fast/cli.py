@@ -154,14 +154,17 @@ def _eval(options: argparse.Namespace) -> None:
     )
 
 
-def _add_runs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders; seeds of one config are one curve")
+    parser.add_argument("--out", default=None, metavar="FILE", help="the page; default: report.html in the first run")
+    parser.add_argument("--figures", default=None, metavar="DIR", help="every figure as PDF and CSV into this folder")
 
 
 def _report(options: argparse.Namespace) -> None:
     from ilr_fast.report import report
 
-    report([Path(run) for run in options.runs])
+    out, figures = (Path(given) if given else None for given in (options.out, options.figures))
+    report([Path(run) for run in options.runs], out=out, figures=figures)
 
 
 def _add_show(parser: argparse.ArgumentParser) -> None:
@@ -262,7 +265,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Command, st
     "train": (_add_train, _train, "train the agents of a config; goes on where its run stopped"),
     "plan": (_add_plan, _plan, "the memory of each agent and phase, and what would make it fit; loads nothing"),
     "eval": (_add_eval, _eval, "accuracy of runs or models on benchmarks, with 95% intervals"),
-    "report": (_add_runs, _report, "write report.html for one run or several"),
+    "report": (_add_report, _report, "write report.html for one run or several"),
     "show": (_add_show, _show, "read a run's dialogues"),
     "ablate": (_add_ablate, _ablate, "base, GRPO, ILR and its parts from one config"),
     "difficulty": (_add_difficulty, _difficulty, "self-ranked difficulty against levels, pass rates and chance"),

@@ -41,15 +41,18 @@ def difference_over_runs(
         shared = sorted(first[s].keys() & second[s].keys())
         values.append(np.array([_share(first[s][q]) - _share(second[s][q]) for q in shared]))
     mean = float(np.mean([v.mean() for v in values]))
-    return PairedDifference(sum(map(len, values)), mean, bootstrap_runs(values, crossed=crossed, seed=seed))
+    one = paired_difference(first[seeds[0]], second[seeds[0]], seed=seed)
+    assert one is not None
+    interval = one.ci95 if _is_constant(values) else bootstrap_runs(values, crossed=crossed, seed=seed)
+    return PairedDifference(sum(map(len, values)), mean, interval)
 
 
 def accuracy_over_runs(runs: Mapping[int, Outcomes], *, crossed: bool, seed: int = 0) -> tuple[float, Interval | None]:
     """The mean accuracy of the runs, and its 95% interval over questions and seeds."""
     values = [np.array([_share(answers) for _, answers in sorted(runs[s].items())]) for s in sorted(runs) if runs[s]]
     mean = float(np.mean([v.mean() for v in values]))
-    if len(values) == 1:
-        (outcomes,) = (runs[s] for s in runs if runs[s])
+    if len(values) == 1 or _is_constant(values):
+        outcomes = next(runs[s] for s in sorted(runs) if runs[s])
         return mean, accuracy_interval(list(outcomes.values()), seed=seed)
     return mean, bootstrap_runs(values, crossed=crossed, seed=seed)
 
@@ -77,6 +80,11 @@ def bootstrap_runs(
             total_B[rows] += wide_S[s] + value[picked].mean(axis=1) - own_S[s]
     low, high = np.quantile(total_B / count, (0.025, 0.975))
     return float(low), float(high)
+
+
+def _is_constant(values_SQ: Sequence[NDArray[np.float64]]) -> bool:
+    """Whether all numbers are the same: a bootstrap has no width then, and one run's interval says more."""
+    return np.ptp(np.concatenate(values_SQ)) == 0
 
 
 def _share(answers: Sequence[bool]) -> float:

@@ -221,6 +221,19 @@ def test_what_differs_between_arms(tmp_path):
         "protocol": ["idea3", "single"], "method_of_this_test": ["ilr", "grpo"]}  # fmt: skip
 
 
+def test_difficulty_is_held_against_failing_levels_and_chance(tmp_path):
+    run = make_run(tmp_path / "run", steps=10)
+    facts = {"difficulty": {name: {f"largest-{i}": float(i) for i in range(4, 44)} for name in ("smollm2", "gemma")}}
+    (run / "interaction.json").write_text(json.dumps(facts))
+    for file in (run / "dialogues").iterdir():
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        for row in rows:
+            row["level"] = int(row["question"].split("-")[1])
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page, _ = made([run])
+    assert "+1.00 (random ±0.31)" in page  # 40 questions, 1.96/√39
+
+
 def test_modes_say_who_gains_and_who_loses(tmp_path):
     run = make_run(tmp_path / "run", modes=("single", "debate", "idea3"), benchmarks=("test", "gsm8k"))
     page, printed = made([run])
@@ -303,3 +316,14 @@ def test_every_figure_is_valid_and_drawn_without_a_browser(tmp_path):
     for figure in drawn:
         svg = vl_convert.vegalite_to_svg({**figure["spec"], "width": 300})
         assert svg.count("<path") > 3, figure["title"]
+
+
+def test_figures_for_a_paper(tmp_path, full):
+    made([full], out=tmp_path / "page.html", figures=tmp_path / "figures")
+    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert {"reward-mean-over-turns.pdf", "reward-mean-over-turns.csv", "accuracy-on-test-alone.pdf"} <= names
+    assert (tmp_path / "figures" / "reward-mean-over-turns.pdf").read_bytes().startswith(b"%PDF")
+    header, first, *_ = (tmp_path / "figures" / "reward-mean-over-turns.csv").read_text().splitlines()
+    row = json.loads((full / "metrics.jsonl").read_text().splitlines()[0])
+    assert header == "series,step,value,raw"
+    assert float(first.split(",")[2]) == pytest.approx(row["agents"]["smollm2"]["reward"], rel=1e-4)

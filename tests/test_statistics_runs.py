@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ilr_fast.statistics import paired_difference
+from ilr_fast.statistics import paired_difference, wilson
 from ilr_fast.statistics_runs import accuracy_over_runs, bootstrap_runs, difference_over_runs
 
 
@@ -83,3 +83,10 @@ def test_accuracy_over_runs():
     assert mean == 0.75 and interval[0] < 0.75 <= interval[1]
     mean, interval = accuracy_over_runs({1: outcomes([1, 0]), 2: {}}, crossed=False)
     assert mean == 0.5 and interval[0] < 0.5 < interval[1]
+
+
+def test_runs_that_are_all_alike_have_the_interval_of_one():
+    none_right, all_right = ({s: outcomes([answer] * 20) for s in (1, 2)} for answer in (0, 1))
+    assert accuracy_over_runs(none_right, crossed=True) == (0.0, wilson(0, 20))
+    same = difference_over_runs(all_right, all_right, crossed=True)
+    assert same.ci95 == paired_difference(all_right[1], all_right[1]).ci95 and same.verdict == "none"

@@ -57,11 +57,23 @@ def common_name(names: Sequence[str]) -> str | None:
 
 
 def differing_keys(arms: Sequence[Arm]) -> list[tuple[str, list[str]]]:
-    """The config keys in which the arms differ, each with every arm's value; "–" where an arm has no such key."""
+    """The config keys in which the arms differ, each with every arm's value; "–" where an arm has no such key.
+
+    What an agent that takes part in some arms alone is set to is no difference; that it does is.
+    """
     flat = [_flat(_compared(arm.runs[0].config)) for arm in arms]
     keys = list(dict.fromkeys(key for one in flat for key in one))
-    rows = [(key, [_text(one.get(key)) for one in flat]) for key in keys]
-    return [(key, values) for key, values in rows if len(set(values)) > 1]
+    rows = [("agents", [", ".join(arm.runs[0].agents) for arm in arms])]
+    rows += [(key, [_text(one[key]) if key in one else "–" for one in flat]) for key in keys]
+    return [(key, values) for key, values in rows
+            if len(set(values) - ({"–"} if key.startswith("agents.") else set())) > 1]  # fmt: skip
+
+
+def titles(arms: Sequence[Arm]) -> list[str]:
+    """What each arm's own figures are called: nothing for a single arm; with its agents where a label comes twice."""
+    counts = Counter(arm.label for arm in arms)
+    return ["" if len(arms) == 1 else arm.label + (f" of {', '.join(arm.agents)}" if counts[arm.label] > 1 else "")
+            for arm in arms]  # fmt: skip
 
 
 def _label(runs: Sequence[Run]) -> str:
@@ -97,6 +109,4 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    if value is None:
-        return "–"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ilr_fast.report.arms import Arm
+from ilr_fast.report.arms import Arm, titles
 from ilr_fast.report.runs import Run, dig
 from ilr_fast.report.series import Point, Series
 from ilr_fast.report.texts import Unit
@@ -66,10 +66,10 @@ def training_figures(arms: Sequence[Arm]) -> list[Figure]:
 def machine_figures(arms: Sequence[Arm]) -> list[Figure]:
     """Trainer against engine, memory, speed, and the seconds of each step by phase for each arm."""
     figures = _mismatch(arms) + [figure for row in MACHINE for figure in _figures(arms, row)]
-    for arm in arms:
+    for arm, title in zip(arms, titles(arms), strict=True):
+        suffix = f" · {title}" if title else ""
         series = [Series(phase, [_phase(run, phase) for run in arm.runs]) for phase in PHASES]
-        title = "Seconds of a step" + (f" · {arm.label}" if len(arms) > 1 else "")
-        drawn = stacked(title, "by phase", Axis("seconds", "seconds"), series)
+        drawn = stacked("Seconds of a step" + suffix, "by phase", Axis("seconds", "seconds"), series)
         figures += [drawn] if drawn else []
     return figures
 

@@ -14,12 +14,14 @@ from ilr_fast.difficulty import spearman
 from ilr_fast.report.runs import Run, dig, mapping
 from ilr_fast.report.survey import Survey
 from ilr_fast.report.texts import number, signed
+from ilr_fast.statistics import Z95
 
 HEAD = ("agent", "ability γ", "cooperation", "right when cooperating", "right when competing", "D with failing (ρ)",
-        "questions", "without a valid ranking")  # fmt: skip
+        "D with level (ρ)", "questions", "without a valid ranking")  # fmt: skip
 
 RHO = ("Share of cooperation: mean over the steps. ρ: Spearman's rank correlation of the difficulty D with the share "
-       "of wrong first answers in the dialogues; 1: what fails more is called harder, 0: D is noise.")  # fmt: skip
+       "of wrong first answers in the dialogues, and with the data's levels; 1: what fails more is called harder, 0: D is "
+       "noise. Random: 95 of 100 random rankings of as many questions lie within it (normal approximation).")  # fmt: skip
 
 
 def interaction_table(
@@ -49,10 +51,17 @@ def _row(agent: str, suffix: str, share: float | None, survey: Survey, facts: Ma
         number(share, "percent"),
         _right_under(survey, agent, "cooperation"),
         _right_under(survey, agent, "competition"),
-        signed(spearman(difficulties, survey.pass_rates(agent))),
+        _correlation(difficulties, survey.pass_rates(agent)),
+        _correlation(difficulties, {question: -float(level) for question, level in survey.levels.items()}),
         number(len(difficulties), "count") if difficulties else "–",
         number(dig(facts, "unknown_questions", agent)),
     ]
+
+
+def _correlation(difficulties: Mapping[str, float], ease: Mapping[str, float]) -> str:
+    """Spearman's ρ of D with the reverse of `ease`, and how far from 0 a random ranking comes in 95 of 100 cases."""
+    rho, shared = spearman(difficulties, ease), len(difficulties.keys() & ease.keys())
+    return "–" if rho is None else f"{signed(rho)} (random ±{min(1.0, Z95 / (shared - 1) ** 0.5):.2f})"
 
 
 def _right_under(survey: Survey, agent: str, stance: str) -> str:

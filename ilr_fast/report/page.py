@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from ilr_fast import __version__
 from ilr_fast.report import theme
-from ilr_fast.report.arms import Arm
+from ilr_fast.report.arms import Arm, titles
 from ilr_fast.report.bundle import MISSING, library, packed
 from ilr_fast.report.content import Content
 from ilr_fast.report.curves import learning_figures, machine_figures, training_figures
@@ -59,8 +59,8 @@ class Numbered:
         return packed({"figures": figures, "config": {"light": theme.config(), "dark": theme.config(dark=True)}})
 
 
-def render_page(content: Content) -> str:
-    """The whole page as text."""
+def render_page(content: Content) -> tuple[str, list[Figure]]:
+    """The whole page as text, and its figures."""
     numbered, runs, arms = Numbered(), content.runs, content.arms
     parts: dict[str, Any] = {
         "results": _results(content, numbered),
@@ -75,13 +75,13 @@ def render_page(content: Content) -> str:
     }
     scripts = [Markup(_file(name)) for name in SCRIPTS]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return environment.from_string(_file("page.html")).render(
-        title=" · ".join(arm.label for arm in arms) if len(arms) <= 4 else f"{len(arms)} runs side by side",
+    page = environment.from_string(_file("page.html")).render(
+        title=_title(content),
         style=Markup(_palette() + _file("style.css")),
         policy=_policy(scripts),
         sections=[(part, name) for part, name in SECTIONS.items() if parts[part]],
         runs=[{"name": r.name, "finished": r.is_finished, "status": status(r)} for r in runs],
-        arms=[_arm(arm) for arm in arms],
+        arms=[_arm(arm, title) for arm, title in zip(arms, titles(arms), strict=True)],
         tiles=tiles(content),
         bands=_bands(content),
         version=__version__,
@@ -93,6 +93,7 @@ def render_page(content: Content) -> str:
         scripts=scripts,
         **parts,
     )
+    return page, numbered.figures
 
 
 def _results(content: Content, numbered: Numbered) -> dict[str, Any]:
@@ -106,14 +107,22 @@ def _results(content: Content, numbered: Numbered) -> dict[str, Any]:
     }
 
 
-def _arm(arm: Arm) -> dict[str, Any]:
+def _title(content: Content) -> str:
+    """The arms by name; of many, the folder that holds them."""
+    parents = {run.path.resolve().parent.name for run in content.runs}
+    if len(content.arms) <= 4:
+        return " · ".join(dict.fromkeys(arm.label for arm in content.arms))
+    return f"{len(content.runs)} runs" + (f" of {parents.pop()}" if len(parents) == 1 else "")
+
+
+def _arm(arm: Arm, title: str) -> dict[str, Any]:
     """An arm's runs in a line, for pages of many."""
     seeds = ", ".join(str(run.seed) for run in arm.runs if run.seed is not None)
     done = sorted({run.steps_done for run in arm.runs})
     steps = f"{done[0]} steps" if len(done) == 1 else f"{done[0]} to {done[-1]} steps"
     runs = f"{len(arm.runs)} runs" if len(arm.runs) > 1 else "1 run"
     text = " · ".join(t for t in (runs, f"seeds {seeds}" if seeds else "", steps, ", ".join(arm.agents)) if t)
-    return {"name": arm.label, "finished": all(run.is_finished for run in arm.runs), "status": text}
+    return {"name": title or arm.label, "finished": all(run.is_finished for run in arm.runs), "status": text}
 
 
 def _bands(content: Content) -> str:

@@ -22,7 +22,7 @@ Answers = dict[str, dict[str, list[int]]]  # agent → question → [right first
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What a run's dialogues say. `steps` were read, of `steps_there`; `dialogues` of them could be."""
+    """What a run's dialogues say. `steps` were read, of `steps_there`; `levels`: the data's, by question."""
 
     steps: Sequence[int]
     steps_there: int
@@ -31,6 +31,7 @@ class Survey:
     stances: StanceTally
     calibration: CalibrationTally
     firsts: Answers
+    levels: Mapping[str, int]
     seen: Mapping[str, int]
     kept: Sequence[Transcript]
 
@@ -48,14 +49,18 @@ def survey(
     flips, stances, calibration = FlipTally(), StanceTally(difficulty), CalibrationTally()
     keeper, dialogues = Keeper(steps, quota), 0
     firsts: Answers = {}
+    levels: dict[str, int] = {}
     for step in steps:
         for transcript in stream_transcripts(run.path, step):
             dialogues += 1
             for tally in (flips, stances, calibration, keeper):
                 tally.add(transcript)
             _count_firsts(firsts, transcript)
+            if transcript.level is not None:
+                levels[transcript.question_id] = transcript.level
         calibration.end_step()
-    return Survey(steps, len(there), dialogues, flips, stances, calibration, firsts, keeper.seen, keeper.kept())
+    kept = keeper.kept()
+    return Survey(steps, len(there), dialogues, flips, stances, calibration, firsts, levels, keeper.seen, kept)
 
 
 def difficulty_of(facts: Mapping[str, object]) -> dict[str, dict[str, float]]:

@@ -8,7 +8,7 @@ from functools import reduce
 from operator import add
 from typing import Any
 
-from ilr_fast.report.arms import Arm
+from ilr_fast.report.arms import Arm, titles
 from ilr_fast.report.bundle import packed
 from ilr_fast.report.content import Content
 from ilr_fast.report.dialogue_data import dialogue_data
@@ -28,11 +28,10 @@ CHANGES = ("mended by a peer", "spoiled by a peer", "mended alone", "spoiled alo
 def interaction_part(content: Content, numbered: Numbers) -> list[dict[str, Any]]:
     """For each arm: a table of its runs, and figures over the dialogues of all of them."""
     parts = []
-    for arm in content.arms:
+    for arm, title in zip(content.arms, titles(content.arms), strict=True):
         table = interaction_table(arm.runs, content.surveys, content.facts)
         stances = reduce(add, (survey.stances for survey in _surveys(content, arm)))
         if table:
-            title = arm.label if len(content.arms) > 1 else ""
             parts.append({"title": title, "table": table, "figures": numbered(stance_figures(stances))})
     return parts
 
@@ -40,13 +39,12 @@ def interaction_part(content: Content, numbered: Numbers) -> list[dict[str, Any]
 def calibration_part(content: Content, numbered: Numbers) -> dict[str, Any] | None:
     """Calibrated rewards by raw ones for each arm; None where there are no dialogues."""
     figures, notes = [], []
-    for arm in content.arms:
+    for arm, title in zip(content.arms, titles(content.arms), strict=True):
         tally = reduce(add, (survey.calibration for survey in _surveys(content, arm)))
-        several = len(content.arms) > 1
         note = calibration_note(tally) if len(arm.agents) > 1 else ""
         if note:
-            figures.append(calibration_figure(tally, arm.agents, f" · {arm.label}" if several else ""))
-            notes.append(f"{arm.label}: {note}" if several else note)
+            figures.append(calibration_figure(tally, arm.agents, f" · {title}" if title else ""))
+            notes.append(f"{title}: {note}" if title else note)
     return {"figures": numbered(f for f in figures if f), "notes": notes} if notes else None
 
 
@@ -65,9 +63,8 @@ def dialogue_part(content: Content) -> dict[str, Any] | None:
         "change": CHANGES,
     }
     tables = []
-    for arm in content.arms:
-        flips = reduce(add, (survey.flips for survey in _surveys(content, arm)))
-        tables.append(flip_table(arm.label if len(content.arms) > 1 else "", flips))
+    for arm, title in zip(content.arms, titles(content.arms), strict=True):
+        tables.append(flip_table(title, reduce(add, (survey.flips for survey in _surveys(content, arm)))))
     return {
         "tables": [asdict(table) for table in tables if table],
         "filters": [{"name": name, "options": list(options)} for name, options in choices.items() if options],
