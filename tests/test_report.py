@@ -154,7 +154,8 @@ BROKEN = {
                      '{"agents": {"a": 3}}\n{"step": 4, "agents": {"gemma": {"accuracy": 2, "reward": "x"}}}',
     "dialogues/step_000002.jsonl": '{"question": 4, "agents": {"gemma": [3, {"correct": "yes", "reward": "x"}], '
                                    '"b": 7}, "error": 3}\n{"agents": {}}\n{"a',
-    "interaction.json": '{"abilities": 3, "difficulty": {"gemma": [1], "smollm2": {"largest-4": "x"}}, "windows": [2]}',
+    "interaction.json": '{"abilities": 3, "difficulty": {"gemma": [1], "smollm2": {"largest-4": "x", "largest-5": 1}}, '
+                        '"windows": [2]}',
     "results.json": '[{"agent": "gemma"}, 7, {"agent": "gemma", "method": "ilr", "benchmark": "test", "mode": '
                     '"single", "n": 3, "accuracy": 0.5, "ci95": [null, 1], "samples": null, "outcomes": 9}]',
     "failures.jsonl": '{"kind": {"a": 1}, "step": [2], "question": 3}\nnull',

@@ -12,7 +12,7 @@ from typing import Any
 
 from ilr_fast.difficulty import spearman
 from ilr_fast.report.runs import Run, dig, mapping
-from ilr_fast.report.survey import Survey
+from ilr_fast.report.survey import Survey, difficulty_of
 from ilr_fast.report.texts import number, signed
 from ilr_fast.statistics import Z95
 
@@ -20,8 +20,8 @@ HEAD = ("agent", "ability γ", "cooperation", "right when cooperating", "right w
         "D with level (ρ)", "questions", "without a valid ranking")  # fmt: skip
 
 RHO = ("Share of cooperation: mean over the steps. ρ: Spearman's rank correlation of the difficulty D with the share "
-       "of wrong first answers in the dialogues, and with the data's levels; 1: what fails more is called harder, 0: D is "
-       "noise. Random: 95 of 100 random rankings of as many questions lie within it (normal approximation).")  # fmt: skip
+       "of wrong first answers in the dialogues, and with the data's levels; 1: what fails more is called harder, 0: D "
+       "is noise. Random: 95 of 100 random rankings of as many questions lie within (normal approximation).")
 
 
 def interaction_table(
@@ -42,7 +42,7 @@ def interaction_table(
 
 
 def _row(agent: str, suffix: str, share: float | None, survey: Survey, facts: Mapping[str, Any]) -> list[str]:
-    difficulties = mapping(mapping(facts.get("difficulty")).get(agent))
+    difficulties = difficulty_of(facts).get(agent, {})
     abilities = facts.get("abilities")
     newest = abilities[-1] if isinstance(abilities, list) and abilities else {}
     return [
