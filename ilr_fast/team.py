@@ -61,12 +61,15 @@ def prepare_chats(config: Config) -> dict[str, ChatFormat]:
 def prepare_chat(name: str, agent: AgentConfig) -> ChatFormat:
     """An agent's chat format.
 
-    UserError for a missing model, device or template, or a template that rewrites turns and may not.
+    UserError for a missing model, engine, device or template, or a template that rewrites turns and may not.
     """
     from transformers import AutoTokenizer
 
+    from ilr_fast.engines.vllm_core import check_version
     from ilr_fast.loading import device_of
 
+    if agent.engine.name == "vllm":
+        check_version(f"agents.{name}")
     folder = resolve_model(agent.model, f"agents.{name}.model = {agent.model}")
     device_of(agent, f"agents.{name}")
     try:

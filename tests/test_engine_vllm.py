@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from test_engine_embedded import END, VOCABULARY, log_probs, prompts_of, run, tiny_tokenizer
 from vllm_models import small_model
 
@@ -317,3 +318,11 @@ def test_versions(monkeypatch: pytest.MonkeyPatch, version: str | None, message:
     monkeypatch.setattr(metadata, "version", found)
     with pytest.raises(UserError, match=message):
         vllm_core.check_version("agents.ada")
+
+
+def test_a_model_that_vllm_does_not_know_is_named_with_a_remedy() -> None:
+    config = transformers.CodeGenConfig(vocab_size=61, n_embd=64, n_layer=2, n_head=2, n_positions=256, rotary_dim=16)
+    with pytest.raises(UserError) as found:
+        engine_for(transformers.AutoModelForCausalLM.from_config(config), where="agents.ada")
+    assert "agents.ada.engine.name" in str(found.value) and "CodeGenForCausalLM" in str(found.value)
+    assert "embedded" in str(found.value) and len(str(found.value)) < 250, "not vLLM's list of all that it knows"

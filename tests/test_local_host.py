@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from importlib import metadata
 
 import pytest
 from learners import save_model, words
 
 from ilr_fast.chat import ChatFormat
-from ilr_fast.config import AgentConfig, Config, OptimizerConfig, RolloutConfig
+from ilr_fast.config import AgentConfig, Config, EngineConfig, OptimizerConfig, RolloutConfig
 from ilr_fast.credit import training_sequences
+from ilr_fast.errors import UserError
 from ilr_fast.hosts.local import open_host
+from ilr_fast.team import prepare_chat
 from ilr_fast.types import Credited, Dialogue, Question, Sampling, Scored, Turn
 
 
@@ -50,3 +53,13 @@ def test_a_host_samples_from_what_it_trains(folder, train):
     stats = host.stats()
     assert stats["tokens_generated"] > 0 and stats["memory_peak_gib"] > 0
     host.close()
+
+
+def test_a_missing_vllm_is_said_before_anything_is_loaded(monkeypatch):
+    def nothing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", nothing)
+    agent = AgentConfig(model="nowhere", engine=EngineConfig(name="vllm"))
+    with pytest.raises(UserError, match=r"agents\.ada\.engine\.name: vLLM is not installed[^→]*→ .*embedded"):
+        prepare_chat("ada", agent)

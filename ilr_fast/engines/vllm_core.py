@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -280,7 +281,8 @@ def _check_device(device: torch.device, platform: str, where: str) -> None:
 
 
 def _explained(error: Exception, model: Any, where: str) -> UserError:
-    text = " ".join(str(error).split())[:400]
+    text = " ".join(str(error).split()).partition(" Supported architectures:")[0]  # a list of hundreds
+    text = re.sub(r"^\d+ validation errors? for \w+ |Value error, | \[type=.*$", "", text)[:400]
     if isinstance(error, torch.OutOfMemoryError) or "KV cache" in text or "kv cache" in text or "memory" in text:
         remedy = "lower engine.cache_gib, engine.slots or engine.max_context, or free memory"
         return UserError(f"vLLM does not get enough memory ({text})", f"{where}.engine", remedy)
