@@ -75,7 +75,21 @@ def quick_start() -> Iterator[None]:
     if every_way is not None:
         SamplingParams.for_sampler_warmup = staticmethod(lambda: SamplingParams(logprobs=0))
     try:
-        yield
+        with _no_bars():
+            yield
     finally:
         if every_way is not None:
             SamplingParams.for_sampler_warmup = every_way
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """vLLM's progress bars of captured graphs would tear the display of the run."""
+    from vllm.v1.worker.gpu import cudagraph_utils
+
+    own = cudagraph_utils.tqdm
+    cudagraph_utils.tqdm = lambda sizes, **_: sizes
+    try:
+        yield
+    finally:
+        cudagraph_utils.tqdm = own
