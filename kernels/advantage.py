@@ -15,7 +15,7 @@ an affine function of R within a group, and the division by std takes it out aga
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import lru_cache
 
 import torch
 from ilr_kernels import reference
@@ -24,6 +24,7 @@ from torch import Tensor
 
 CALIBRATE = ("reward", "advantage", "none")
 NORMALIZE = ("grpo", "dr_grpo", "rloo")
+Mask = tuple[torch.Size, torch.dtype, torch.device]
 
 
 def calibrated_advantage(
@@ -44,10 +45,12 @@ def calibrated_advantage(
     Calculated in float64 on the CPU; in float32 in one launch on a GPU, where nothing waits and a CUDA graph can be
     captured after a first call. Raises ValueError naming the argument.
     """
-    _check(rewards_MQG, mask_MQG, calibrate, normalize, eps)
-    if uses_triton(rewards_MQG):
-        launch = _launch_outside_graph if torch.compiler.is_compiling() else _launcher()
-        return launch(rewards_MQG, mask_MQG, calibrate, calibrate_weight, normalize, eps)
+    if torch.compiler.is_compiling():
+        return _outside_graph(rewards_MQG, mask_MQG, calibrate, calibrate_weight, normalize, eps)
+    mask = None if mask_MQG is None else (mask_MQG.shape, mask_MQG.dtype, mask_MQG.device)
+    kernel = _prepared(rewards_MQG.shape, rewards_MQG.dtype, rewards_MQG.device, mask, calibrate, normalize, eps)
+    if kernel is not None:
+        return kernel(rewards_MQG, mask_MQG, calibrate_weight, eps)
     calibrated_MQG, advantage_MQG = reference.calibrated_advantage(
         rewards_MQG.detach().double(),
         mask_MQG,
@@ -59,31 +62,51 @@ def calibrated_advantage(
     return calibrated_MQG.float(), advantage_MQG.float()
 
 
-@cache
-def _launcher() -> Callable[..., tuple[Tensor, Tensor]]:
-    """The launch, imported once where there is a GPU (an import statement would cost a tenth of a call)."""
-    from ilr_kernels.advantage_triton import launch
-
-    return launch
-
-
 @torch.compiler.disable
-def _launch_outside_graph(*arguments: object) -> tuple[Tensor, Tensor]:
-    return _launcher()(*arguments)
+def _outside_graph(
+    rewards_MQG: Tensor, mask_MQG: Tensor | None, calibrate: str, calibrate_weight: float, normalize: str, eps: float
+) -> tuple[Tensor, Tensor]:
+    options = {"calibrate_weight": calibrate_weight, "normalize": normalize, "eps": eps}
+    return calibrated_advantage(rewards_MQG, mask_MQG, calibrate=calibrate, **options)  # type: ignore[arg-type]
 
 
-def _check(rewards_MQG: Tensor, mask_MQG: Tensor | None, calibrate: str, normalize: str, eps: float) -> None:
-    if rewards_MQG.dim() != 3 or 0 in rewards_MQG.shape[::2]:
-        raise ValueError(f"rewards_MQG must be (agents, questions, samples), not {tuple(rewards_MQG.shape)}")
-    if not rewards_MQG.is_floating_point():
-        raise ValueError(f"rewards_MQG must be a float tensor, not {rewards_MQG.dtype}")
-    if mask_MQG is not None:
-        if mask_MQG.shape != rewards_MQG.shape or mask_MQG.dtype != torch.bool:
-            raise ValueError(
-                f"mask_MQG must be bool and {tuple(rewards_MQG.shape)}, not {mask_MQG.dtype} {tuple(mask_MQG.shape)}"
-            )
-        if mask_MQG.device != rewards_MQG.device:
-            raise ValueError(f"mask_MQG is on {mask_MQG.device}, rewards_MQG on {rewards_MQG.device}")
+@lru_cache
+def _prepared(
+    shape: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+    mask: Mask | None,
+    calibrate: str,
+    normalize: str,
+    eps: float,
+) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """The launch on a GPU, None elsewhere; kept, since on a GPU a call costs little more than this would."""
+    _check(shape, dtype, device, mask, calibrate, normalize, eps)
+    if not uses_triton(torch.empty(0, dtype=dtype, device=device)):
+        return None
+    from ilr_kernels.advantage_triton import Advantage
+
+    return Advantage(shape, device, calibrate, normalize)
+
+
+def _check(
+    shape: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+    mask: Mask | None,
+    calibrate: str,
+    normalize: str,
+    eps: float,
+) -> None:
+    if len(shape) != 3 or 0 in shape[::2]:
+        raise ValueError(f"rewards_MQG must be (agents, questions, samples), not {tuple(shape)}")
+    if not dtype.is_floating_point:
+        raise ValueError(f"rewards_MQG must be a float tensor, not {dtype}")
+    if mask is not None:
+        if mask[0] != shape or mask[1] != torch.bool:
+            raise ValueError(f"mask_MQG must be bool and {tuple(shape)}, not {mask[1]} {tuple(mask[0])}")
+        if mask[2] != device:
+            raise ValueError(f"mask_MQG is on {mask[2]}, rewards_MQG on {device}")
     if calibrate not in CALIBRATE:
         raise ValueError(f"calibrate must be one of {', '.join(CALIBRATE)}, not {calibrate!r}")
     if normalize not in NORMALIZE:

@@ -35,12 +35,16 @@ def _statistics(b_x, m_mqg):
     return mean, high, low, count
 
 
+POINTERS = ["p_reward", "p_mask", "p_calibrated", "p_advantage"]
+
+
 # One compiled kernel serves any number of questions and any address, so that the launcher may keep it.
-@triton.jit(do_not_specialize=["questions"], do_not_specialize_on_alignment=["p_reward", "p_mask", "p_out"])
+@triton.jit(do_not_specialize=["questions"], do_not_specialize_on_alignment=POINTERS)
 def advantage_kernel(
     p_reward,  # [M, Q, G]
     p_mask,  # the same, bool, or None
-    p_out,  # [2, M, Q, G]: calibrated rewards, advantages
+    p_calibrated,
+    p_advantage,
     questions,
     calibrate_weight,
     eps,
@@ -88,5 +92,5 @@ def advantage_kernel(
     if CALIBRATE == "advantage":
         b_advantage += tl.where(count > 1.0, calibrate_weight * b_calibration, 0.0)
 
-    tl.store(p_out + o_own, tl.where(m_own, b_calibrated, 0.0), mask=inside)
-    tl.store(p_out + AGENTS * agent_stride + o_own, tl.where(m_own, b_advantage, 0.0), mask=inside)
+    tl.store(p_calibrated + o_own, tl.where(m_own, b_calibrated, 0.0), mask=inside)
+    tl.store(p_advantage + o_own, tl.where(m_own, b_advantage, 0.0), mask=inside)

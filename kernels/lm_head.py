@@ -167,10 +167,9 @@ def linear_policy_loss(
             factors = _factors(loss, target_T, advantage_T, token_weight_T, turn_T)
             counting = Counting(target_T, factors, len(weight_VD))
         rows, inputs, grads, swept = over_needed_rows(counting, run)
-        stats = _stats(loss, swept, inputs, rows, len(target_T))
-        if with_logp and rows is not None:
-            _fill_rest(head, hidden_TD, target_T, rows, chunk, stats)
-        value = swept.losses.value_N.sum()
+        value, stats = _stats(loss, swept, inputs, rows, len(target_T))
+        if with_logp and counting is not None and rows is not None:
+            _fill_rest(head, hidden_TD, target_T, counting.rest(), chunk, stats)
     if grads is None:
         return value, stats
     formed = (
@@ -229,12 +228,9 @@ def _factors(
 
 
 def _fill_rest(
-    head: Head, hidden_TD: Tensor, target_T: Tensor, rows: Tensor, chunk: int | None, stats: dict[str, Any]
+    head: Head, hidden_TD: Tensor, target_T: Tensor, rest: Tensor, chunk: int | None, stats: dict[str, Any]
 ) -> None:
     """Log-probs and entropies of the rows that the loss does not need."""
-    rest_T = target_T != checks.IGNORED
-    rest_T[rows] = False
-    rest = rest_T.nonzero()[:, 0]
     if len(rest) == 0:
         return
     hidden_ND = take(hidden_TD, rest)
@@ -243,9 +239,19 @@ def _fill_rest(
     stats["entropy_T"].index_copy_(0, rest, swept.entropy_N)
 
 
-def _stats(loss: PolicyLoss, swept: Swept, inputs: TokenInputs, rows: Tensor | None, tokens: int) -> dict[str, Any]:
-    sums = sum_stats(swept.losses, swept.entropy_N, inputs)
-    stats: dict[str, Any] = dict(mean_stats(sums))
+def _stats(
+    loss: PolicyLoss, swept: Swept, inputs: TokenInputs, rows: Tensor | None, tokens: int
+) -> tuple[Tensor, dict[str, Any]]:
+    """The loss, and what is told of it."""
+    assert swept.losses is not None and swept.entropy_N is not None
+    if uses_triton(swept.logp_N):
+        from ilr_kernels.stats_triton import sum_losses
+
+        value, sums, means = sum_losses(swept.losses, swept.entropy_N, inputs)
+    else:
+        value, sums = swept.losses.value_N.sum(), sum_stats(swept.losses, swept.entropy_N, inputs)
+        means = mean_stats(sums)
+    stats: dict[str, Any] = dict(means)
     if inputs.ref_logp_N is None:
         stats["kl"] = None
     if loss.importance == "none":
@@ -253,4 +259,4 @@ def _stats(loss: PolicyLoss, swept: Swept, inputs: TokenInputs, rows: Tensor | N
     stats["logp_T"] = put(swept.logp_N, rows, tokens, float("nan"))
     stats["entropy_T"] = put(swept.entropy_N, rows, tokens, float("nan"))
     stats["sums"] = sums
-    return stats
+    return value, stats

@@ -105,7 +105,7 @@ def make_buffers(head: Head, hidden_ND: Tensor, dhidden: bool, weight_grad_VD: T
     dtype = accumulation_dtype(hidden_ND.dtype)
     dweight_VD, fresh = weight_grad_VD, False
     if dweight_VD is None and head.weight_VD.requires_grad:
-        fresh = hidden_ND.is_cuda and len(hidden_ND) > 0
+        fresh = uses_triton(hidden_ND) and len(hidden_ND) > 0
         make = torch.empty_like if fresh else torch.zeros_like
         dweight_VD = make(head.weight_VD, dtype=head.weight_VD.dtype if hidden_ND.is_cuda else dtype)
     return Gradients(

@@ -85,14 +85,14 @@ def rows_kernel(
     importance_cap,
     beta,
     entropy_coef,
-    STEP: tl.constexpr,  # "statistics", "given" or "policy"
     GRADIENT: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    STEP: tl.constexpr,  # "statistics", "given" or "policy"
     OBJECTIVE: tl.constexpr,
     DUAL_CLIP: tl.constexpr,
     KL: tl.constexpr,
     IMPORTANCE_MODE: tl.constexpr,
-    BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     p_row = p_logits + row * stride

@@ -11,9 +11,10 @@ import torch
 import triton
 from ilr_kernels.backend import on_device
 from ilr_kernels.chunks import gpu_wide_chunk
+from ilr_kernels.launch import launch
 from ilr_kernels.lm_head_kernel import rows_kernel
 from ilr_kernels.rows import Gate
-from ilr_kernels.step_arguments import step_constants, step_vectors
+from ilr_kernels.step_arguments import step_constants, step_scalars, step_vectors
 from ilr_kernels.sweep import Gradients, Head, Step, Swept, chunk_logits, spread_gradients
 from torch import Tensor
 
@@ -75,22 +76,10 @@ def _pass(
 ) -> None:
     """The kernel over one chunk of logits; of `head` only what finishes a logit counts."""
     vocabulary = logits_CV.shape[1]
+    tensors = (logits_CV, target_N, logp_N, entropy_N, *vectors.values())
+    finish = (float(head.softcap or 0.0), float(head.temperature))
+    arguments = (*tensors, first_row, vocabulary, logits_CV.stride(0), *finish, *step_scalars(step))
+    block = min(BLOCK_BYTES // logits_CV.element_size(), triton.next_power_of_2(vocabulary))
+    constants = (gradient, head.softcap is not None, block, *step_constants(step))
     with on_device(logits_CV):
-        rows_kernel[(len(logits_CV),)](
-            logits_CV,
-            target_N,
-            logp_N,
-            entropy_N,
-            **vectors,
-            first_row=first_row,
-            vocabulary=vocabulary,
-            stride=logits_CV.stride(0),
-            softcap=float(head.softcap or 0.0),
-            temperature=float(head.temperature),
-            **step_constants(step),
-            GRADIENT=gradient,
-            SOFTCAP=head.softcap is not None,
-            BLOCK_V=min(BLOCK_BYTES // logits_CV.element_size(), triton.next_power_of_2(vocabulary)),
-            num_warps=WARPS,
-            enable_fp_fusion=True,
-        )
+        launch(rows_kernel, (len(logits_CV),), arguments, constants, num_warps=WARPS, enable_fp_fusion=True)

@@ -36,14 +36,14 @@ def over_needed_rows(counting: Counting | None, run: Callable[[Tensor | None, Ga
 
 
 class _Mailbox(NamedTuple):
-    """Where a GPU leaves its two counts in the host's memory, and how to tell that it has."""
+    """Where a GPU leaves its counts in the host's memory, and how to tell that it has."""
 
     counts: Tensor
     event: torch.cuda.Event
 
     @classmethod
     def make(cls) -> _Mailbox:
-        return cls(torch.empty(2, dtype=torch.int64, pin_memory=True), torch.cuda.Event())
+        return cls(torch.empty(3, dtype=torch.int64, pin_memory=True), torch.cuda.Event())
 
 
 _mailboxes: dict[torch.device, list[_Mailbox]] = {}  # those that are free; making one costs the host 0.1 ms
@@ -61,8 +61,9 @@ class Counting:
         if target_T.is_cuda:
             self._mailbox = self._launch()
         else:
-            valid_T = (target_T >= 0) & (target_T < vocabulary) | (target_T == IGNORED)
-            self._counts = [int((~valid_T).sum()), int(counted(target_T, factors).sum())]
+            inside_T = (target_T >= 0) & (target_T < vocabulary) | (target_T == IGNORED)
+            found = (~inside_T, target_T != IGNORED, counted(target_T, factors))
+            self._counts = [int(x_T.sum()) for x_T in found]
 
     @property
     def under_way(self) -> bool:
@@ -88,13 +89,19 @@ class Counting:
             return None
         return torch.nonzero_static(counted(self._target_T, self._factors), size=needed)[:, 0]
 
+    def rest(self) -> Tensor:
+        """The rows whose target is not ignored and some of whose factors are 0; nobody waits who has waited before."""
+        needed = self._wait()
+        rest_T = (self._target_T != IGNORED) & ~counted(self._target_T, self._factors)
+        return torch.nonzero_static(rest_T, size=self._counts[1] - needed)[:, 0]
+
     def _wait(self) -> int:
         if self._mailbox is not None:
             self._mailbox.event.synchronize()
             self._counts = self._mailbox.counts.tolist()
             _mailboxes[self._target_T.device].append(self._mailbox)
             self._mailbox = None
-        outside, needed = self._counts
+        outside, _, needed = self._counts
         if outside > 0:
             target_T, vocabulary = self._target_T, self._vocabulary
             outside_T = ((target_T < 0) | (target_T >= vocabulary)) & (target_T != IGNORED)

@@ -2,6 +2,8 @@
 `softmax_product_kernel.py`).
 
     target's logits → [gate] → product → sums → (again, relative to the peak, where a sum overflowed)
+
+Exponentials lie in one block, or in two that each hold a part of the vocabulary: the product is then launched for each.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from typing import NamedTuple
 
 import torch
 import triton
-from ilr_kernels import softmax_product_kernel as kernels
+from ilr_kernels import softmax_product_kernel as product
+from ilr_kernels import softmax_rows_kernel as kernels
 from ilr_kernels.launch import launch
 from ilr_kernels.product_plan import Plan, plan
 from ilr_kernels.rows import Gate
@@ -24,23 +27,50 @@ LOG2E = 1.4426950408889634
 Product = Callable[["Tensor | None"], None]  # launches, where the redo flag is set or None
 
 
+class Block(NamedTuple):
+    """The exponentials of tokens `first` to `end`, a part of the vocabulary; None where they are not kept."""
+
+    first: int
+    end: int
+    exps_NV: Tensor | None
+
+    @property
+    def kept_NV(self) -> Tensor:
+        """The exponentials, of a block that keeps them."""
+        assert self.exps_NV is not None
+        return self.exps_NV
+
+    def head(self, head: Head) -> Head:
+        """The part of the head that belongs to it."""
+        if self.first == 0 and self.end == head.weight_VD.shape[0]:
+            return head
+        bias_V = None if head.bias_V is None else head.bias_V[self.first : self.end]
+        return head._replace(weight_VD=head.weight_VD[self.first : self.end], bias_V=bias_V)
+
+    def target(self, target_C: Tensor) -> Tensor:
+        """Targets counted from its first token; outside are those of other blocks."""
+        return target_C if self.first == 0 else target_C - self.first
+
+
 class Softmax(NamedTuple):
-    """What one pass over N rows leaves: float32 vectors, and the exponentials where they were wanted."""
+    """What one pass over N rows leaves: float32 vectors, and the exponentials, by blocks of the vocabulary."""
 
     logp_N: Tensor
     entropy_N: Tensor | None
     target_x_N: Tensor
     shift_N: Tensor
     others_N: Tensor
-    exps_NV: Tensor | None
+    blocks: tuple[Block, ...]
 
     def at(self, rows: slice) -> Softmax:
-        """The same of some rows; exponentials are those of a chunk and stay whole."""
-        if rows.start == 0 and rows.stop == len(self.logp_N):
-            return self
+        """The same of a chunk's rows, whose exponentials are the blocks' first rows."""
+        count = rows.stop - rows.start
+        blocks = tuple(b if b.exps_NV is None else b._replace(exps_NV=b.exps_NV[:count]) for b in self.blocks)
+        if count == self.logp_N.shape[0]:
+            return self._replace(blocks=blocks)
         entropy_N = None if self.entropy_N is None else self.entropy_N[rows]
         vectors = (self.target_x_N[rows], self.shift_N[rows], self.others_N[rows])
-        return Softmax(self.logp_N[rows], entropy_N, *vectors, self.exps_NV)
+        return Softmax(self.logp_N[rows], entropy_N, *vectors, blocks)
 
 
 class _Chunk(NamedTuple):
@@ -58,16 +88,32 @@ class _Chunk(NamedTuple):
 
     @property
     def rows(self) -> int:
-        return len(self.hidden_CD)
+        return self.hidden_CD.shape[0]
+
+
+class _Part(NamedTuple):
+    """A chunk's product with one block of the vocabulary."""
+
+    chunk: _Chunk
+    head: Head
+    target_C: Tensor
+    exps_CV: Tensor | None
+    total: Tensor
+    moment: Tensor
+    programs: int
+
+    @classmethod
+    def of(cls, chunk: _Chunk, block: Block) -> _Part:
+        p = chunk.plan
+        tiles = slice(block.first // p.block_n, -(-block.end // p.block_n))
+        programs = min(p.programs, (tiles.stop - tiles.start) * -(-chunk.rows // p.block_m))
+        sums = chunk.total[tiles], chunk.moment[tiles]
+        return cls(chunk, block.head(chunk.head), block.target(chunk.target_C), block.exps_NV, *sums, programs)
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(rows, vocabulary, hidden size)."""
-        return len(self.hidden_CD), *self.head.weight_VD.shape
-
-    @property
-    def programs(self) -> int:
-        return min(self.plan.programs, self.tiles * triton.cdiv(self.rows, self.plan.block_m))
+        return self.chunk.rows, *self.head.weight_VD.shape
 
 
 def fill(
@@ -75,34 +121,44 @@ def fill(
 ) -> None:
     """Computes a chunk's softmax into `softmax`; `slope`: the soft-cap's derivative goes into what is stored.
 
-    `gate` is called before the product. The last four launches do nothing unless a sum overflowed.
+    `gate` is called before the product. What follows the first sums does nothing unless a sum overflowed.
     """
     chosen = plan(hidden_CD, head.weight_VD, head.softcap is not None)
-    tiles = triton.cdiv(len(head.weight_VD), chosen.block_n)
-    total, moment = softmax.logp_N.new_empty(2, tiles, len(hidden_CD))
+    tiles = -(-head.weight_VD.shape[0] // chosen.block_n)
+    total, moment = softmax.logp_N.new_empty(2, tiles, hidden_CD.shape[0])
     redo = target_C.new_empty(1, dtype=torch.int32)
     chunk = _Chunk(head, hidden_CD, target_C, softmax, chosen, tiles, total, moment, redo)
     _target(chunk)
-    product = _specialized(chunk) if chosen.specialized and _has_gluon() else _plain(chunk, slope)
+    parts = [_Part.of(chunk, block) for block in softmax.blocks]
+    make = _specialized if chosen.specialized and _has_gluon() else _plain
+    products = [make(part, slope) for part in parts]
     if gate is not None:
         gate()
-    product(None)
+    for run in products:
+        run(None)
     _sums(chunk, again=False)
-    _plain(chunk, slope, peak=True)(redo)
+    for part in parts:
+        _plain(part, slope, peak=True)(redo)
     _peaks(chunk)
-    product(redo)
+    for run in products:
+        run(redo)
     _sums(chunk, again=True)
+
+
+def tile_width(hidden_ND: Tensor, head: Head) -> int:
+    """Columns of a tile: where the vocabulary may be cut."""
+    return plan(hidden_ND, head.weight_VD, head.softcap is not None).block_n
 
 
 def _target(chunk: _Chunk) -> None:
     head, softmax, hidden_CD = chunk.head, chunk.softmax, chunk.hidden_CD
-    rows, vocabulary, depth = chunk.shape
+    vocabulary, depth = head.weight_VD.shape
     vectors = (head.bias_V, chunk.target_C, softmax.target_x_N, softmax.shift_N, chunk.redo)
     sizes = (vocabulary, depth, hidden_CD.stride(0), head.weight_VD.stride(0))
     constants = (head.softcap is not None, min(2048, triton.next_power_of_2(depth)))
     finish = (float(head.softcap or 0.0), float(head.temperature))
     arguments = (hidden_CD, head.weight_VD, *vectors, *sizes, *finish)
-    launch(kernels.target_kernel, (rows,), arguments, constants, num_warps=4)
+    launch(kernels.target_kernel, (chunk.rows,), arguments, constants, num_warps=4)
 
 
 @cache
@@ -115,28 +171,28 @@ def _has_gluon() -> bool:
     return True
 
 
-def _specialized(chunk: _Chunk) -> Product:
-    """The product where groups of warps take roles."""
+def _specialized(part: _Part, slope: bool) -> Product:
+    """The product where groups of warps take roles; it knows no soft-cap, so that `slope` is of no concern."""
     from ilr_kernels import softmax_product_gluon as specialized
 
-    head, softmax, p = chunk.head, chunk.softmax, chunk.plan
-    descriptors = specialized.operands(chunk.hidden_CD, head.weight_VD, softmax.exps_NV)
-    given = (*descriptors, head.bias_V, chunk.target_C, softmax.shift_N, chunk.total, chunk.moment)
+    head, softmax, p = part.head, part.chunk.softmax, part.chunk.plan
+    descriptors = specialized.operands(part.chunk.hidden_CD, head.weight_VD, part.exps_CV)
+    given = (*descriptors, head.bias_V, part.target_C, softmax.shift_N, part.total, part.moment)
     scale = LOG2E / head.temperature
     constants = (softmax.entropy_N is not None, p.group, p.programs, p.stages)
 
     def run(redo: Tensor | None) -> None:
-        kernel, arguments = specialized.specialized_product_kernel, (*given, redo, *chunk.shape, scale)
-        launch(kernel, (chunk.programs,), arguments, constants, num_warps=4, maxnreg=specialized.REGISTERS)
+        kernel, arguments = specialized.specialized_product_kernel, (*given, redo, *part.shape, scale)
+        launch(kernel, (part.programs,), arguments, constants, num_warps=4, maxnreg=specialized.REGISTERS)
 
     return run
 
 
-def _plain(chunk: _Chunk, slope: bool, peak: bool = False) -> Product:
+def _plain(part: _Part, slope: bool, peak: bool = False) -> Product:
     """The product on any card; with `peak` the rows' largest x takes the place of the sums and nothing is stored."""
-    head, softmax, p, hidden_CD = chunk.head, chunk.softmax, chunk.plan, chunk.hidden_CD
-    exps_CV = None if peak else softmax.exps_NV
-    given = (*_operands(p, hidden_CD, head.weight_VD, exps_CV), head.bias_V, chunk.target_C, softmax.shift_N)
+    head, softmax, p, hidden_CD = part.head, part.chunk.softmax, part.chunk.plan, part.chunk.hidden_CD
+    exps_CV = None if peak else part.exps_CV
+    given = (*_operands(p, hidden_CD, head.weight_VD, exps_CV), head.bias_V, part.target_C, softmax.shift_N)
     strides = (hidden_CD.stride(0), head.weight_VD.stride(0), 0 if exps_CV is None else exps_CV.stride(0))
     finish = (LOG2E / head.temperature, float(head.softcap or 0.0))
     moment = softmax.entropy_N is not None and not peak
@@ -144,9 +200,9 @@ def _plain(chunk: _Chunk, slope: bool, peak: bool = False) -> Product:
     constants = (head.softcap is not None, slope, moment, peak, *tiling)
 
     def run(redo: Tensor | None) -> None:
-        arguments = (*given, chunk.total, chunk.moment, redo, *chunk.shape, *strides, *finish)
+        arguments = (*given, part.total, part.moment, redo, *part.shape, *strides, *finish)
         options = {"num_warps": p.warps, "num_stages": p.stages}
-        launch(kernels.product_kernel, (chunk.programs,), arguments, constants, **options)
+        launch(product.product_kernel, (part.programs,), arguments, constants, **options)
 
     return run
 
@@ -168,9 +224,9 @@ def _sums(chunk: _Chunk, again: bool) -> None:
     softmax = chunk.softmax
     found = (softmax.target_x_N, softmax.shift_N, softmax.others_N, softmax.logp_N, softmax.entropy_N)
     arguments = (chunk.total, chunk.moment, *found, chunk.redo, chunk.rows, chunk.tiles)
-    launch(kernels.sums_kernel, (triton.cdiv(chunk.rows, 32),), arguments, (again, 32, 32), num_warps=4)
+    launch(kernels.sums_kernel, (-(-chunk.rows // 32),), arguments, (again, 32, 32), num_warps=4)
 
 
 def _peaks(chunk: _Chunk) -> None:
     arguments = (chunk.total, chunk.softmax.shift_N, chunk.softmax.others_N, chunk.redo, chunk.rows, chunk.tiles)
-    launch(kernels.peaks_kernel, (triton.cdiv(chunk.rows, 32),), arguments, (32, 32), num_warps=4)
+    launch(kernels.peaks_kernel, (-(-chunk.rows // 32),), arguments, (32, 32), num_warps=4)

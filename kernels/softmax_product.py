@@ -11,14 +11,14 @@ Under TRITON_INTERPRET=1 the same code runs on CPU tensors.
 from __future__ import annotations
 
 import torch
-import triton
-from ilr_kernels import softmax_product_kernel as kernels
+from ilr_kernels import softmax_rows_kernel as kernels
 from ilr_kernels.backend import on_device
 from ilr_kernels.chunks import balanced, gpu_chunk
+from ilr_kernels.launch import launch
 from ilr_kernels.rows import Gate
 from ilr_kernels.scaling import add_scaled_rows, scale_rows
-from ilr_kernels.softmax_fill import Softmax, fill
-from ilr_kernels.step_arguments import step_constants, step_vectors
+from ilr_kernels.softmax_fill import Block, Softmax, fill, tile_width
+from ilr_kernels.step_arguments import step_constants, step_scalars, step_vectors
 from ilr_kernels.sweep import Given, Gradients, Head, Policy, Step, Swept, add_product
 from torch import Tensor
 
@@ -37,17 +37,15 @@ def sweep(
 ) -> Swept:
     """Log-probs and entropies of N rows, and into `grads` the gradients that `step` asks for (see `sweep.py`)."""
     hidden_ND, target_N = _laid_out(hidden_ND, target_N)
-    n, vocabulary = len(hidden_ND), len(head.weight_VD)
-    default = STATISTICS_ROWS if grads is None else gpu_chunk(vocabulary, hidden_ND.shape[1])
-    chunk = balanced(n, chunk or default, tile=128)
-    slab_CV = None if grads is None else _slab(hidden_ND, chunk, vocabulary)
-    whole = _vectors(hidden_ND, n, with_entropy)
+    n = hidden_ND.shape[0]
+    chunk, blocks = _room(head, hidden_ND, grads, chunk)
+    whole = _vectors(hidden_ND, with_entropy, blocks)
     vectors: dict[str, Tensor | None] = {}
     losses = None
     with on_device(hidden_ND):
         for start in range(0, n, chunk):
             rows = slice(start, min(start + chunk, n))
-            softmax = whole.at(rows)._replace(exps_NV=None if slab_CV is None else slab_CV[: rows.stop - start])
+            softmax = whole.at(rows)
             fill(head, hidden_ND[rows], target_N[rows], softmax, slope=not _entropy_counts(step), gate=gate)
             if start == 0:  # the GPU is busy from here on
                 gate = None
@@ -56,13 +54,12 @@ def sweep(
     return Swept(whole.logp_N, whole.entropy_N, losses)
 
 
-def keep(
-    head: Head, hidden_ND: Tensor, target_N: Tensor, with_entropy: bool, gate: Gate | None = None
-) -> Softmax:
+def keep(head: Head, hidden_ND: Tensor, target_N: Tensor, with_entropy: bool, gate: Gate | None = None) -> Softmax:
     """One pass over N rows that keeps all exponentials, for `spread` to make gradients of."""
     hidden_ND, target_N = _laid_out(hidden_ND, target_N)
-    softmax = _vectors(hidden_ND, len(hidden_ND), with_entropy)
-    softmax = softmax._replace(exps_NV=_slab(hidden_ND, len(hidden_ND), len(head.weight_VD)))
+    vocabulary = len(head.weight_VD)
+    blocks = (Block(0, vocabulary, _slab(hidden_ND, len(hidden_ND), vocabulary)),)
+    softmax = _vectors(hidden_ND, with_entropy, blocks)
     with on_device(hidden_ND):
         fill(head, hidden_ND, target_N, softmax, slope=not with_entropy, gate=gate)
     return softmax
@@ -74,6 +71,42 @@ def spread(head: Head, hidden_ND: Tensor, target_N: Tensor, softmax: Softmax, st
     vectors, _ = step_vectors(step, softmax.logp_N)
     with on_device(hidden_ND):
         _apply(head, hidden_ND, target_N, softmax, step, vectors, grads, slice(0, len(hidden_ND)))
+
+
+def _room(head: Head, hidden_ND: Tensor, grads: Gradients | None, chunk: int | None) -> tuple[int, tuple[Block, ...]]:
+    """Rows of a chunk, and where their exponentials go."""
+    n, vocabulary = hidden_ND.shape[0], head.weight_VD.shape[0]
+    if grads is None:
+        return balanced(n, chunk or STATISTICS_ROWS, tile=128), (Block(0, vocabulary, None),)
+    most = chunk or gpu_chunk(vocabulary, hidden_ND.shape[1])
+    if chunk is None and n > most:
+        blocks = _within_dweight(head, hidden_ND, grads, most * vocabulary)
+        if blocks is not None:
+            return n, blocks
+    chunk = balanced(n, most, tile=128)
+    return chunk, (Block(0, vocabulary, _slab(hidden_ND, chunk, vocabulary)),)
+
+
+def _within_dweight(head: Head, hidden_ND: Tensor, grads: Gradients, most: int) -> tuple[Block, Block] | None:
+    """Room for all rows at once, where dweight is new and spares enough of it; None elsewhere.
+
+    Until dweight is formed its memory is free: the exponentials of the last tokens lie in the first tokens' rows of it.
+    dweight of the last tokens is formed first, which leaves those rows alone; then that of the first, over them. So
+    dweight is written once, and not read and written again for a second chunk. `most` elements may lie elsewhere.
+    """
+    if not grads.fresh or grads.weight_VD is None or not grads.weight_VD.is_contiguous():
+        return None
+    n, (vocabulary, depth) = hidden_ND.shape[0], head.weight_VD.shape
+    room = depth * grads.weight_VD.element_size() // 2  # elements of a token's row
+    tile = tile_width(hidden_ND, head)
+    last = (vocabulary * room - 64 * n) // (n + room)
+    first = -(-(vocabulary - last) // tile) * tile
+    if last <= 0 or first >= vocabulary or n * first > most:
+        return None
+    width = vocabulary - first
+    padded = width + -width % 64
+    spare = grads.weight_VD[:first].view(torch.bfloat16).view(-1)[: n * padded].view(n, padded)[:, :width]
+    return Block(0, first, _slab(hidden_ND, n, first)), Block(first, vocabulary, spare)
 
 
 def _apply(
@@ -89,78 +122,62 @@ def _apply(
     """Losses of a chunk's rows, and its gradients: `softmax` is the chunk's, `vectors` and `grads` are of all rows."""
     if step is None:
         return
-    n = len(softmax.logp_N)
+    n = softmax.logp_N.shape[0]
     entropy = _entropy_counts(step)
     own = {name: None if x is None else x[rows] for name, x in vectors.items()}
+    target_C = target_N[rows]
     factor_C = torch.empty_like(softmax.logp_N)
-    exps_CV = softmax.exps_NV
-    stride = 0 if exps_CV is None else exps_CV.stride(0)
-    finish = {
-        "softcap": float(head.softcap or 0.0),
-        "temperature": float(head.temperature),
-        "SOFTCAP": head.softcap is not None,
-    }
-    kernels.factors_kernel[(triton.cdiv(n, 128),)](
-        exps_CV,
-        target_N[rows],
-        softmax.target_x_N,
-        softmax.shift_N,
-        softmax.others_N,
-        softmax.logp_N,
-        softmax.entropy_N,
-        factor_C,
-        **own,
-        rows=n,
-        exps_stride=stride,
-        GRADIENT=grads is not None,
-        ENTROPY=entropy,
-        BLOCK_R=128,
-        num_warps=4,
-        enable_fp_fusion=True,
-        **step_constants(step),
-        **finish,
-    )
+    first, more = (*softmax.blocks, None)[:2]
+    exps_CV, more_CV = first.exps_NV, None if more is None else more.exps_NV
+    strides = (0 if x is None else x.stride(0) for x in (exps_CV, more_CV))
+    finish = (float(head.softcap or 0.0), float(head.temperature))
+    softcap = head.softcap is not None
+    found = (softmax.target_x_N, softmax.shift_N, softmax.others_N, softmax.logp_N, softmax.entropy_N)
+    arguments = (exps_CV, more_CV, target_C, *found, factor_C, *own.values(), n, *strides, first.end, *finish)
+    constants = (grads is not None, entropy, softcap, 128, *step_constants(step))
+    launch(kernels.factors_kernel, (-(-n // 128),), (*arguments, *step_scalars(step)), constants, num_warps=4)
     if grads is None:
         return
-    assert exps_CV is not None
     if entropy:
-        kernels.entropy_kernel[(n, triton.cdiv(exps_CV.shape[1], 4096))](
-            exps_CV,
-            target_N[rows],
-            softmax.shift_N,
-            softmax.others_N,
-            softmax.target_x_N,
-            softmax.entropy_N,
-            own["p_dlogp"],
-            own["p_dentropy"],
-            exps_CV.shape[1],
-            stride,
-            BLOCK_V=4096,
-            num_warps=8,
-            enable_fp_fusion=True,
-            **finish,
-        )
-    multiply_out(head, hidden_ND[rows], exps_CV, factor_C, grads, rows)
+        for block in softmax.blocks:
+            vectors_C = (softmax.shift_N, softmax.others_N, softmax.target_x_N, softmax.entropy_N)
+            tensors = (block.kept_NV, block.target(target_C), *vectors_C, own["p_dlogp"], own["p_dentropy"])
+            width = block.end - block.first
+            arguments = (*tensors, width, block.kept_NV.stride(0), *finish)
+            launch(kernels.entropy_kernel, (n, -(-width // 4096)), arguments, (softcap, 4096), num_warps=8)
+    multiply_out(head, hidden_ND[rows], softmax.blocks, factor_C, grads, rows)
 
 
 def multiply_out(
-    head: Head, hidden_CD: Tensor, exps_CV: Tensor, factor_C: Tensor, grads: Gradients, rows: slice
+    head: Head, hidden_CD: Tensor, blocks: tuple[Block, ...], factor_C: Tensor, grads: Gradients, rows: slice
 ) -> None:
-    """dhidden, dweight and dbias of a chunk from its exponentials and its rows' factors."""
+    """dhidden, dweight and dbias of a chunk from its exponentials and its rows' factors.
+
+    The last block's dweight is formed first: its exponentials may lie where the first's dweight goes.
+    """
     if grads.hidden_ND is not None:
-        product_CD = _wide_product(exps_CV, head.weight_VD)
+        product_CD = _wide_product(blocks, head.weight_VD)
         scale_rows(product_CD, factor_C, out=grads.hidden_ND[rows])
         del product_CD
+    if grads.bias_V is not None:
+        for block in blocks:
+            add_scaled_rows(block.kept_NV, factor_C, grads.bias_V[block.first : block.end])
     if grads.weight_VD is not None:
         scaled_CD = scale_rows(hidden_CD, factor_C, out=hidden_CD.new_empty(hidden_CD.shape))
-        add_product(grads.weight_VD, exps_CV.t(), scaled_CD, overwrite=grads.fresh and rows.start == 0)
-    if grads.bias_V is not None:
-        add_scaled_rows(exps_CV, factor_C, grads.bias_V)
+        for block in reversed(blocks):
+            into = grads.weight_VD[block.first : block.end]
+            add_product(into, block.kept_NV.t(), scaled_CD, overwrite=grads.fresh and rows.start == 0)
 
 
-def _wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in float32."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+def _wide_product(blocks: tuple[Block, ...], weight_VD: Tensor) -> Tensor:
+    """exps @ weight in float32."""
+    first, *others = ((block.kept_NV, weight_VD[block.first : block.end]) for block in blocks)
+    if not weight_VD.is_cuda:
+        return sum((a.float() @ b.float() for a, b in others), first[0].float() @ first[1].float())
+    product_CD = torch.mm(*first, out_dtype=torch.float32)
+    for pair in others:
+        add_product(product_CD, *pair)
+    return product_CD
 
 
 def _entropy_counts(step: Step) -> bool:
@@ -182,6 +199,7 @@ def _slab(hidden_ND: Tensor, rows: int, vocabulary: int) -> Tensor:
     return hidden_ND.new_empty(rows, vocabulary + -vocabulary % 64)[:, :vocabulary]
 
 
-def _vectors(hidden_ND: Tensor, n: int, with_entropy: bool) -> Softmax:
+def _vectors(hidden_ND: Tensor, with_entropy: bool, blocks: tuple[Block, ...]) -> Softmax:
+    n = hidden_ND.shape[0]
     logp_N, entropy_N, target_x_N, shift_N, others_N = hidden_ND.new_empty(5, n, dtype=torch.float32)
-    return Softmax(logp_N, entropy_N if with_entropy else None, target_x_N, shift_N, others_N, None)
+    return Softmax(logp_N, entropy_N if with_entropy else None, target_x_N, shift_N, others_N, blocks)

@@ -1,4 +1,5 @@
-"""A sweep's step as the Triton kernels take it: vectors by the kernel's argument names, scalars and constants."""
+"""A sweep's step as the Triton kernels take it: vectors by the kernel's argument names and in its order, scalars and
+constants in its order."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 VECTORS = ("p_dlogp", "p_dentropy", "p_weight", "p_advantage", "p_old", "p_ref", "p_behavior")
 OUTPUTS = ("p_value", "p_clipped", "p_kl", "p_truncated")
+NO_LOSS = PolicyLoss()
 
 
 def step_vectors(step: Step, like_N: Tensor) -> tuple[dict[str, Tensor | None], TokenLoss | None]:
@@ -31,19 +33,15 @@ def step_vectors(step: Step, like_N: Tensor) -> tuple[dict[str, Tensor | None], 
     return vectors, losses
 
 
-def step_constants(step: Step) -> dict[str, object]:
-    """The scalars and constants by which a kernel tells the step and its loss."""
-    loss = step.loss if isinstance(step, Policy) else PolicyLoss()
-    return {
-        "clip_low": float(loss.clip_low),
-        "clip_high": float(loss.clip_high),
-        "dual_clip": float(loss.dual_clip or 0.0),
-        "importance_cap": float(loss.importance_cap),
-        "beta": float(loss.beta),
-        "entropy_coef": float(loss.entropy_coef),
-        "STEP": "policy" if isinstance(step, Policy) else "statistics" if step is None else "given",
-        "OBJECTIVE": loss.objective,
-        "DUAL_CLIP": loss.dual_clip is not None,
-        "KL": loss.kl,
-        "IMPORTANCE_MODE": loss.importance_mode,
-    }
+def step_scalars(step: Step) -> tuple[float, ...]:
+    """The scalars of a step's loss, from `clip_low` to `entropy_coef`."""
+    loss = step.loss if isinstance(step, Policy) else NO_LOSS
+    clips = (float(loss.clip_low), float(loss.clip_high), float(loss.dual_clip or 0.0))
+    return (*clips, float(loss.importance_cap), float(loss.beta), float(loss.entropy_coef))
+
+
+def step_constants(step: Step) -> tuple:
+    """The constants by which a kernel tells the step and its loss, from STEP to IMPORTANCE_MODE."""
+    loss = step.loss if isinstance(step, Policy) else NO_LOSS
+    kind = "policy" if isinstance(step, Policy) else "statistics" if step is None else "given"
+    return kind, loss.objective, loss.dual_clip is not None, loss.kl, loss.importance_mode

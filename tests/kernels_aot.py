@@ -151,11 +151,11 @@ def specialized_cases() -> Iterator[Case]:
 
 def softmax_cases() -> Iterator[Case]:
     """What stands around that product."""
-    module, scaling = import_kernels("softmax_product_kernel"), import_kernels("scaling_kernel")
-    types = {"p_hidden": "*bf16", "p_weight": "*bf16", "p_bias": "*bf16", "p_exps": "*bf16", "p_target": "*i64"}
-    types |= dict.fromkeys(SOFTMAX_VECTORS, "*fp32") | {"p_redo": "*i32", "p_x": "*bf16"}
+    module, scaling = import_kernels("softmax_rows_kernel"), import_kernels("scaling_kernel")
+    types = {"p_hidden": "*bf16", "p_weight": "*bf16", "p_bias": "*bf16", "p_exps": "*bf16", "p_more": "*bf16"}
+    types |= dict.fromkeys(SOFTMAX_VECTORS, "*fp32") | {"p_redo": "*i32", "p_x": "*bf16", "p_target": "*i64"}
     types |= dict.fromkeys(("rows", "tiles", "vocabulary", "depth", "count"), "i32")
-    types |= dict.fromkeys(("hidden_stride", "weight_stride", "exps_stride"), "i32")
+    types |= dict.fromkeys(("hidden_stride", "weight_stride", "exps_stride", "more_stride", "split"), "i32")
     scalars = ("softcap", "temperature", "clip_low", "clip_high", "dual_clip", "importance_cap", "beta", "entropy_coef")
     types |= dict.fromkeys(scalars, "fp32")
     loss = {"OBJECTIVE": "ppo", "DUAL_CLIP": True, "KL": "k3", "IMPORTANCE_MODE": "truncate", "SOFTCAP": True}
@@ -163,6 +163,8 @@ def softmax_cases() -> Iterator[Case]:
     counts |= {"rows": "i32", "vocabulary": "i32"}
     count_kernel = import_kernels("rows_kernel").count_kernel
     yield case("count_kernel", count_kernel, counts, {"IGNORED": -100, "BLOCK": 4096}, 16)
+    sums = {**dict.fromkeys(LOSS_VECTORS + SOFTMAX_VECTORS, "*fp32"), "p_out": "*fp32", "rows": "i32"}
+    yield case("stats_kernel", import_kernels("stats_kernel").stats_kernel, sums, {"BLOCK": 4096}, 16)
     block = {"BLOCK_R": 32, "BLOCK_T": 32}
     yield case("target_kernel", module.target_kernel, types, {"SOFTCAP": True, "BLOCK_D": 2048}, 4)
     yield case("peaks_kernel", module.peaks_kernel, types, block, 4)
@@ -170,7 +172,8 @@ def softmax_cases() -> Iterator[Case]:
     vectors = types | dict.fromkeys(LOSS_VECTORS, "*fp32")
     factors = {"STEP": "policy", "GRADIENT": True, "BLOCK_R": 128, **loss}
     yield case("factors_kernel", module.factors_kernel, vectors, factors | {"ENTROPY": True}, 4)
-    yield case("factors_kernel k2", module.factors_kernel, vectors, factors | {"ENTROPY": False, "KL": "k2"}, 4)
+    k2 = {"ENTROPY": False, "KL": "k2", "p_more": None}
+    yield case("factors_kernel k2", module.factors_kernel, vectors, factors | k2, 4)
     yield case("entropy_kernel", module.entropy_kernel, vectors, {"SOFTCAP": True, "BLOCK_V": 4096}, 8)
     rows = vectors | {"p_out": "*bf16", "stride": "i32", "columns": "i32"}
     summed = rows | {"p_total": "*fp32"}
@@ -182,7 +185,7 @@ def softmax_cases() -> Iterator[Case]:
 def advantage_cases() -> Iterator[Case]:
     """The advantage: every calibration and normalization, with and without a mask, a small and a large group."""
     module = import_kernels("advantage_kernel")
-    types = {"p_reward": "*fp32", "p_mask": "*i1", "p_out": "*fp32"}
+    types = {"p_reward": "*fp32", "p_mask": "*i1", "p_calibrated": "*fp32", "p_advantage": "*fp32"}
     types |= {"questions": "i32", "calibrate_weight": "fp32", "eps": "fp32"}
     for calibrate, normalize, agents, samples, masked in (
         ("reward", "grpo", 2, 16, True),

@@ -202,6 +202,27 @@ def check_logprob(
     compare(truth, plain, fused, dtype, f"logprob {shape} {dtype} {head}")
 
 
+def check_within_dweight(shape: tuple[int, int, int], device: str = "cpu") -> None:
+    """All rows at once where a part of the exponentials lies in the new dweight, whatever room there is besides."""
+    from ilr_kernels import softmax_product
+
+    found, kept = [], (softmax_product._within_dweight, softmax_product.gpu_chunk)
+
+    def unbounded(head: Any, hidden_ND: Tensor, grads: Any, most: int) -> Any:
+        found.append(kept[0](head, hidden_ND, grads, 2**40))
+        return found[-1]
+
+    softmax_product._within_dweight, softmax_product.gpu_chunk = unbounded, lambda vocabulary, depth: 1
+    try:
+        for name in ("ppo off-policy", "everything by token"):
+            check_policy_loss(shape, name, torch.bfloat16, device, chunk=None)
+        check_logprob(shape, torch.bfloat16, device)
+        check_overflow(shape, device)
+    finally:
+        softmax_product._within_dweight, softmax_product.gpu_chunk = kept
+    assert len(found) == 4 and all(blocks is not None for blocks in found), "not the case that was meant"
+
+
 def check_overflow(shape: tuple[int, int, int], device: str = "cpu") -> None:
     """Targets so improbable that exp(x − x_target) overflows float32, beside ordinary ones, in bfloat16."""
     t, d, v = shape

@@ -17,6 +17,7 @@ from kernels_cases import (
     check_overflow,
     check_policy_loss,
     check_with_logp,
+    check_within_dweight,
 )
 from test_kernels_scale import KINDS
 from test_kernels_scale import check as check_kind
@@ -43,6 +44,7 @@ def main() -> int:
         check_kind(kind, (9, 24, 50), torch.float32, temperature=0.9, softcap=400.0)
     check_overflow((5, 24, 101))
     check_with_logp((33, 24, 101), torch.bfloat16)
+    check_within_dweight((40, 64, 101))
     check_logits((7, 333), torch.bfloat16, temperature=0.7)
     for shape in ((1, 1, 1), (1, 4, 8), (2, 3, 5), (3, 2, 16), (5, 3, 33)):
         for calibrate in ("reward", "advantage", "none"):

@@ -19,6 +19,7 @@ from kernels_cases import (
     check_overflow,
     check_policy_loss,
     check_with_logp,
+    check_within_dweight,
     make_inputs,
     run,
 )
@@ -52,6 +53,10 @@ def test_odd_shapes_against_truth(shape):
     for name in ("ppo off-policy", "everything", "everything by token"):
         check_policy_loss(shape, name, torch.float32, "cuda")
     check_logprob(shape, torch.float32, "cuda", softcap=4.0, temperature=0.8)
+
+
+def test_exponentials_within_dweight():
+    check_within_dweight((1500, 512, 5003), "cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
