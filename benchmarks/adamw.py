@@ -1,14 +1,19 @@
-"""AdamW in place with stochastic rounding beside float32 copies and 8-bit states, on the parameters of a 1.5B model.
+"""AdamW in place with stochastic rounding beside float32 copies and 8-bit states, on the parameters of a 0.5B model.
 
     ilr-fast bench adamw
 
 The limit of a variant is a copy of as many bytes as it must read and write for each parameter. Errors are those of the
-weights after one step from the same state, against float64; bfloat16's own rounding is some 2e-3 of them.
+weights after one step from the same state, against float64, and bfloat16's own rounding is some 2e-3 of them; of ours,
+which rounds without bias, also how much of the step arrives: 1 − ⟨found − before, exact − before⟩ / ‖exact − before‖².
+Another library that raises, or whose first step (torchao compiles one for each shape) takes longer than `PATIENCE_S`,
+says so in its row and leaves the others theirs.
 """
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -17,16 +22,17 @@ from ilr_kernels import reference
 from ilr_kernels.adamw import adamw_step_
 from torch import Tensor, nn
 
-OPTIONS = dict(lr=1e-5, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.01)
+OPTIONS = dict(lr=1e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.01)
 STEP = 10
 # What each variant reads and writes of a parameter, in bytes: weights, a bfloat16 gradient, two moments.
-FLOAT32, BFLOAT16 = 4 + 2 + 16, 4 + 2 + 8
+FLOAT32, BFLOAT16, EIGHT_BITS = 4 + 2 + 16, 4 + 2 + 8, 4 + 2 + 4
+PATIENCE_S = 45
 CHECKED = 3  # tensors whose weights are held against float64
 
 
 def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> list[dict[str, Any]]:
     """Rows of one model's parameters."""
-    shapes = qwen2(1024, 64, 96, 2, 16) if quick else qwen2(151936, 1536, 8960, 28, 256)
+    shapes = qwen2(1024, 64, 96, 2, 16) if quick else qwen2(151936, 896, 4864, 24, 128)
     x = Parameters(shapes, device)
     return measure(cases(x, only_ours), f"{x.count / 1e9:.2g}B parameters, bfloat16", rounds, device, queued=True)
 
@@ -71,10 +77,20 @@ def cases(x: Parameters, only_ours: bool) -> list[Case]:
     """Limits and variants; a variant's state is made at its first call, and stays."""
     truth = x.truth()
 
-    def error(found: Outputs) -> float:
-        return max(relative_error(found[str(i)], exact) for i, exact in enumerate(truth))
+    before = [w.double() for w in x.weights[1 : 1 + CHECKED]]
 
-    def case(name: str, bytes_each: int, make: Callable[[], Callable[[], list[Tensor]]], *targets: Target) -> Case:
+    def weights_error(found: Outputs) -> dict[str, float]:
+        return {"weights": max(relative_error(found[str(i)], exact) for i, exact in enumerate(truth))}
+
+    def step_error(found: Outputs) -> dict[str, float]:
+        meant = [exact - start for exact, start in zip(truth, before, strict=True)]
+        made = [found[str(i)].double() - start for i, start in enumerate(before)]
+        arrived = sum(float((a * b).sum()) for a, b in zip(made, meant, strict=True))
+        arrived /= sum(float(b.square().sum()) for b in meant)
+        return weights_error(found) | {"step": abs(1 - arrived)}
+
+    def case(name: str, bytes_each: int, make: Callable[[], Callable[[], list[Tensor]]], *targets: Target,
+             error: Callable[[Outputs], dict[str, float]] = weights_error) -> Case:  # fmt: skip
         held: list[Callable[[], list[Tensor]]] = []
 
         def work() -> Outputs:
@@ -82,7 +98,7 @@ def cases(x: Parameters, only_ours: bool) -> list[Case]:
                 held.append(make())
             return {str(i): w for i, w in enumerate(held[0]()[1 : 1 + CHECKED])}
 
-        return Case(name, work, error, tolerance=0.01, limit=limit_of(bytes_each), targets=targets)
+        return Case(name, work, error, tolerance=0.02, limit=limit_of(bytes_each), targets=targets)
 
     room = torch.empty(2, x.count * FLOAT32 // 4, dtype=torch.bfloat16, device=x.device)
 
@@ -90,10 +106,11 @@ def cases(x: Parameters, only_ours: bool) -> list[Case]:
         size = x.count * bytes_each // 4  # half of the bytes are read, half written, two at a time
         return lambda: room[0, :size].copy_(room[1, :size])
 
-    limits = [Case(limit_of(b), copy(b)) for b in (FLOAT32, BFLOAT16)]
+    limits = [Case(limit_of(b), copy(b)) for b in (FLOAT32, BFLOAT16, EIGHT_BITS)]
+    near = Target("limit", 1.11)
     ours = [
-        case("ours, float32 moments", FLOAT32, lambda: in_place(x, torch.float32), Target("limit", 1.11)),
-        case("ours, bfloat16 moments", BFLOAT16, lambda: in_place(x, torch.bfloat16), Target("limit", 1.11)),
+        case("ours, float32 moments", FLOAT32, lambda: in_place(x, torch.float32), near, error=step_error),
+        case("ours, bfloat16 moments", BFLOAT16, lambda: in_place(x, torch.bfloat16), near, error=step_error),
         case("torch's fused AdamW on float32 copies", FLOAT32, lambda: on_copies(x)),
     ]
     return [*limits, *ours, *([] if only_ours else peers(x, case))]
@@ -152,24 +169,50 @@ def peers(x: Parameters, case: Callable[..., Case]) -> list[Case]:
                 optimizer.step()
                 return [p.detach() for p in parameters]
 
-            return step
+            return impatient(step)
 
-        found.append(case(name, BFLOAT16, prepared))
+        found.append(case(name, EIGHT_BITS, prepared))
 
-    try:
+    def torchao(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         from torchao.optim import AdamW8bit
 
-        add("torchao, 8-bit moments, stochastic rounding",
-            lambda ps: AdamW8bit(ps, bf16_stochastic_round=True, **torch_options()))  # fmt: skip
-    except ImportError:
-        pass
-    try:
-        import bitsandbytes
+        return AdamW8bit(parameters, bf16_stochastic_round=True, **torch_options())
 
-        add("bitsandbytes, 8-bit moments, nearest", lambda ps: bitsandbytes.optim.AdamW8bit(ps, **torch_options()))
-    except ImportError:
-        pass
+    def bitsandbytes(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(parameters, **torch_options())
+
+    if x.device == "cuda":
+        if find_spec("bitsandbytes"):
+            add("bitsandbytes, 8-bit moments, nearest", bitsandbytes)
+        if find_spec("torchao"):
+            add("torchao, 8-bit moments, stochastic rounding", torchao)
     return found
+
+
+def impatient(step: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
+    """The same, but the first call raises TimeoutError after `PATIENCE_S`."""
+    called = False
+
+    def work() -> list[Tensor]:
+        nonlocal called
+        if called:
+            return step()
+        called = True
+
+        def give_up(signum: int, frame: Any) -> None:
+            raise TimeoutError(f"the first step took longer than {PATIENCE_S} s")
+
+        before = signal.signal(signal.SIGALRM, give_up)
+        signal.alarm(PATIENCE_S)
+        try:
+            return step()
+        finally:
+            signal.alarm(0)
+            signal.signal(signal.SIGALRM, before)
+
+    return work
 
 
 def torch_options() -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from ilr_benchmarks.lm_head import BONUS, GRPO, LIMIT, Products, Truth, loss, make, name_of, release
+from ilr_benchmarks.lm_head import ADDED, BONUS, GRPO, LIMIT, OURS, Products, Truth, loss, make, name_of, release
 from ilr_benchmarks.measure import Case, Outputs, Target, measure, relative_error
 from ilr_benchmarks.problem import Problem, logprob_truth, policy_truth
 from ilr_kernels import reference
@@ -46,12 +46,15 @@ def loss_cases(x: Problem, bound: float, gib: float | None) -> list[Case]:
     truth = Truth(x, GRPO, policy_truth)
     buffer_VD = torch.zeros_like(x.weight_VD, requires_grad=False)
     targets = (Target("limit", bound), *([] if gib is None else [Target("gib", gib)]))
+    added = (Target("share", bound, ADDED), *targets[1:])
+    products = Products(x)
     work = lambda: loss(x, weight_grad_VD=buffer_VD)  # noqa: E731
     return [
-        Case(LIMIT, Products(x).whole),
-        Case("ours, into a gradient of the weight's dtype", work, truth.error(), limit=LIMIT, targets=targets,
+        Case(LIMIT, products.whole),
+        Case(ADDED, products.added, limit=LIMIT),
+        Case(OURS, lambda: loss(x), truth.error(), limit=LIMIT, targets=targets),
+        Case("ours, into a gradient of the weight's dtype", work, truth.error(), limit=LIMIT, targets=added,
              prepare=buffer_VD.zero_),
-        Case("ours, new dweight", lambda: loss(x), truth.error(), limit=LIMIT),
         Case("ours, entropy_coef=0.01", lambda: loss(x, loss=BONUS), Truth(x, BONUS).error(), limit=LIMIT),
     ]  # fmt: skip
 

@@ -2,17 +2,19 @@
 
     rows = measure([Case("limit", make_limit), Case("ours", make_ours, error=…, limit="limit")], "N=…", rounds=7)
 
-A time is the median of rounds, by CUDA events on a GPU and by the clock elsewhere. `extra_gib` is the peak of allocated
-memory in a call less what is held when it ends: inputs, gradients and log-probs, which every variant must hold.
-`error` is the worst of `errors`, which names each output's. Where a step is `queued`, the GPU has work until the call
-begins, as it has in training while the model's layers run: what the host does ahead of time is then not counted, what
-it does while the GPU waits is (host.py measures it all, from an idle GPU).
+A time is the median of rounds, by CUDA events on a GPU and by the clock elsewhere. Each round takes the variants in
+another order, always the same ones: a card that has just worked hard is slower, and so is what comes after it.
+`extra_gib` is the peak of allocated memory in a call less what is held when it ends: inputs, gradients and log-probs,
+which every variant must hold. `error` is the worst of `errors`, which names each output's. Where a step is `queued`,
+the GPU has work until the call begins, as it has in training while the model's layers run: what the host does ahead of
+time is then not counted, what it does while the GPU waits is (host.py measures it all, from an idle GPU).
 """
 
 from __future__ import annotations
 
 import gc
 import math
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -85,7 +87,7 @@ def measure(
     memory = {case.name: _extra_gib(case, device) for case in sound}
     seconds: dict[str, list[float]] = {case.name: [] for case in cases}
     for i in range(rounds):
-        for case in sound:
+        for case in random.Random(i).sample(sound, len(sound)):
             if i < case.most_rounds:
                 seconds[case.name].append(_seconds(case, device, queued))
     found: dict[str, dict[str, Any]] = {}

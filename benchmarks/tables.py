@@ -24,12 +24,14 @@ PACKAGES = {"torch": "torch", "triton": "Triton", "transformers": "transformers"
 NAMES = {
     "limit: three whole products": "**limit**: three cuBLAS products, whole",
     "limit in chunks": "the same, 2,048 rows at a time",
+    "limit: three products, dweight added": "**limit** where dweight is added to a gradient",
     "ours, new dweight": "**`linear_policy_loss`**",
     "ours, into a gradient of the weight's dtype": "into a bfloat16 gradient (`weight_grad_VD`)",
     "ours, into a float32 gradient": "into a float32 gradient",
     "ours, chunk=": "`chunk={}`",
     "ours, half of the rows without advantage": "half of the rows without advantage",
     "ours, half without advantage, with_logp": "the same, log-probs of all rows (`with_logp`)",
+    "limit: two products": "**limit** without dweight: two cuBLAS products",
     "ours, frozen head": "head frozen: no dweight",
     "ours, entropy_coef": "with an entropy bonus",
     "ours, ratio=sequence": "GSPO (four products)",
@@ -151,6 +153,21 @@ def advantage(result: Result) -> str:
     return f"{made_with(result)}; 3 × 1,024 question-stages:\n\n{table(head, lines)}"
 
 
+def adamw(result: Result) -> str:
+    """Every variant beside a copy of as many bytes."""
+    lines = []
+    for row in result["rows"]:
+        told = f"**{row['variant']}**" if row["variant"].startswith("limit") else row["variant"]
+        if row["ms"] is None:
+            lines.append([told, row["status"], "", "", "", ""])
+            continue
+        spread = f"{number(row['ms_min'])} to {number(row['ms_max'])}"
+        step = (row.get("errors") or {}).get("step")
+        lines.append([told, number(row["ms"]), spread, ratio(row), gib(row["extra_gib"]), error(step)])
+    head = ["AdamW", "ms", "least to most", "× copy", "extra memory", "error of the step"]
+    return f"{result['rows'][0]['shape']}; {made_with(result)}:\n\n{table(head, lines)}"
+
+
 def trl_loss(result: Result) -> str:
     """TRL's step before and after."""
     rows = {row["variant"]: row for row in result["rows"]}
@@ -186,6 +203,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "lm_head_shapes": ("lm_head_shapes", lm_head),
     "lm_head_sweep": ("lm_head_sweep", lm_head_sweep),
     "advantage": ("advantage", advantage),
+    "adamw": ("adamw", adamw),
     "trl_loss": ("trl_loss", trl_loss),
     "readme": ("lm_head", readme),
 }

@@ -96,38 +96,48 @@ def make_inputs(
 ) -> Inputs:
     """Inputs of a real scale: peaked distributions, turns of ragged length, some rows ignored, some without weight."""
     t, d, v = shape
-    g = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(t, d, generator=g).to(dtype)
-    weight = (torch.randn(v, d, generator=g) * 3 / d**0.5).to(dtype)
-    bias = torch.randn(v, generator=g).to(dtype) if variant.bias else None
-    target = torch.randint(v, (t,), generator=g)
-    turn = torch.cumsum(torch.rand(t, generator=g) < 0.3, 0)
-    advantage, token_weight = torch.randn(t, generator=g), torch.rand(t, generator=g) / t
+    g = torch.Generator(device).manual_seed(seed)
+
+    def normal(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=g, device=device)
+
+    def uniform(size: int = t) -> Tensor:
+        return torch.rand(size, generator=g, device=device)
+
+    def some() -> Tensor:
+        return torch.randperm(t, generator=g, device=device)[: t // 6]
+
+    def one_of(values: list[float], turn: Tensor) -> Tensor:
+        which = torch.randint(len(values), (int(turn.max()) + 1,), generator=g, device=device)
+        return torch.tensor(values, device=device)[which][turn]
+
+    hidden, weight = normal(t, d).to(dtype), (normal(v, d) * 3 / d**0.5).to(dtype)
+    bias = normal(v).to(dtype) if variant.bias else None
+    target = torch.randint(v, (t,), generator=g, device=device)
+    turn = torch.cumsum(uniform() < 0.3, 0)
+    advantage, token_weight = normal(t), uniform() / t
     if t > 4:
-        target[torch.randperm(t, generator=g)[: t // 6]] = -100
-        token_weight[torch.randperm(t, generator=g)[: t // 6]] = 0
+        target[some()] = -100
+        token_weight[some()] = 0
         advantage[turn == turn[t // 2]] = 0
-    exact = [x if x is None else x.to(device).double() for x in (hidden, weight, bias)]
+    exact = [x if x is None else x.double() for x in (hidden, weight, bias)]
     with torch.no_grad():
-        logp = reference.linear_logprob(*exact[:2], target.to(device), bias_V=exact[2], **variant.head).cpu()
+        logp = reference.linear_logprob(*exact[:2], target, bias_V=exact[2], **variant.head)
     per_turn = torch.bincount(turn[target != -100], minlength=int(turn.max()) + 1).clamp(min=1)[turn]
-    drift = torch.tensor([-0.9, -0.03, 0.0, 0.02, 0.65])[torch.randint(5, (int(turn.max()) + 1,), generator=g)][turn]
-    gap = torch.tensor([-1.3, -0.2, 0.0, 0.2, 1.3])[torch.randint(5, (int(turn.max()) + 1,), generator=g)][turn]
+    drift = one_of([-0.9, -0.03, 0.0, 0.02, 0.65], turn)
+    gap = one_of([-1.3, -0.2, 0.0, 0.2, 1.3], turn)
     old = logp - drift
     fixed: dict[str, Any] = {
         "target_T": target,
         "advantage_T": advantage,
         "token_weight_T": token_weight,
         "old_logp_T": old.float() if variant.off_policy else None,
-        "ref_logp_T": (logp + 0.5 * torch.randn(t, generator=g)).float(),
+        "ref_logp_T": (logp + 0.5 * normal(t)).float(),
         "behavior_logp_T": ((old if variant.off_policy else logp) - gap / per_turn).float(),
         "turn_T": turn,
     }
     leaves = {"hidden_TD": hidden, "weight_VD": weight} | ({} if bias is None else {"bias_V": bias})
-    return Inputs(
-        {k: x.to(device) for k, x in leaves.items()},
-        {k: x if x is None else x.to(device) for k, x in fixed.items()} | {"loss": variant.loss, **variant.head},
-    )
+    return Inputs(leaves, fixed | {"loss": variant.loss, **variant.head})
 
 
 def run(function: Any, inputs: Inputs, dtype: torch.dtype, upstream: float, **more: Any) -> dict[str, Tensor]:
@@ -226,10 +236,10 @@ def check_within_dweight(shape: tuple[int, int, int], device: str = "cpu") -> No
 def check_overflow(shape: tuple[int, int, int], device: str = "cpu") -> None:
     """Targets so improbable that exp(x − x_target) overflows float32, beside ordinary ones, in bfloat16."""
     t, d, v = shape
-    g = torch.Generator().manual_seed(5)
-    weight = (torch.randn(v, d, generator=g) / d**0.5).bfloat16().to(device)
-    hidden = torch.randn(t, d, generator=g).bfloat16().to(device)
-    target = torch.randint(1, v, (t,), generator=g).to(device)
+    g = torch.Generator(device).manual_seed(5)
+    weight = (torch.randn(v, d, generator=g, device=device) / d**0.5).bfloat16()
+    hidden = torch.randn(t, d, generator=g, device=device).bfloat16()
+    target = torch.randint(1, v, (t,), generator=g, device=device)
     weight[0] *= 4
     hidden[0] = 300 * weight[0] / weight[0].float().norm() ** 2  # logit 300 at token 0
 
@@ -246,9 +256,9 @@ def check_overflow(shape: tuple[int, int, int], device: str = "cpu") -> None:
 
 def check_logits(shape: tuple[int, int], dtype: torch.dtype, device: str = "cpu", **head: Any) -> None:
     """`logits_logprob` against truth, the logits left as they are; one target lies 300 nats below the peak."""
-    g = torch.Generator().manual_seed(4)
-    logits = (4 * torch.randn(shape, generator=g)).to(dtype).to(device)
-    target = torch.randint(shape[1], shape[:1], generator=g).to(device)
+    g = torch.Generator(device).manual_seed(4)
+    logits = (4 * torch.randn(shape, generator=g, device=device)).to(dtype)
+    target = torch.randint(shape[1], shape[:1], generator=g, device=device)
     target[:: 1 + shape[0] // 3] = -100
     logits[1, target[1]] = -300.0
     before = logits.clone()

@@ -252,23 +252,35 @@ def test_advantage_of_other_layouts():
 
 
 @gpu
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("shape", [(700, 896, 50264), (300, 4096, 32000)], ids=str)
-def test_batch_invariance(shape):
-    """In bfloat16 a row's log-prob and entropy have the same bits alone, in any batch and at any position."""
+def test_batch_invariance(shape, temperature):
+    """In bfloat16 a row's log-prob and entropy have the same bits alone, in any batch and at any position.
+
+    From one row to 131,072, with and without the entropy and the gradients.
+    """
     inputs = make_inputs(shape, VARIANTS["ppo"], torch.bfloat16, "cuda")
     hidden, weight = inputs.leaves.values()
     target = inputs.fixed["target_T"].clamp(min=0)
     hidden[0] *= 60  # its target may be so improbable that its sum overflows: of no concern to the others
 
     def both(rows: Any) -> tuple[Tensor, Tensor]:
-        return linear_logprob(hidden[rows], weight, target[rows], with_entropy=True)
+        return linear_logprob(hidden[rows], weight, target[rows], temperature=temperature, with_entropy=True)
 
     logp, entropy = both(slice(None))
-    shuffled = torch.randperm(shape[0], generator=torch.Generator().manual_seed(0)).cuda()
-    for rows in (slice(5, 6), slice(130, 131), slice(3, 20), slice(100, 229), shuffled, shuffled[:129]):
+    g = torch.Generator("cuda").manual_seed(0)
+    shuffled = torch.randperm(shape[0], generator=g, device="cuda")
+    many = torch.randint(shape[0], (131072,), generator=g, device="cuda")
+    for rows in (slice(5, 6), slice(130, 131), slice(3, 20), slice(100, 229), shuffled, shuffled[:129], many):
         found = both(rows)
         assert torch.equal(found[0], logp[rows]) and torch.equal(found[1], entropy[rows]), rows
+    for rows in (slice(5, 6), slice(3, 20), shuffled):
+        alone = linear_logprob(hidden[rows], weight, target[rows], temperature=temperature)
+        assert torch.equal(alone, logp[rows]), rows
     whole = torch.ones(shape[0], device="cuda")
-    for chunk in (128, 200):
-        _, stats = linear_policy_loss(hidden, weight, target, whole, whole, loss=PolicyLoss(), chunk=chunk)
-        assert torch.equal(stats["logp_T"], logp) and torch.equal(stats["entropy_T"], entropy)
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+    for chunk in (128, 200, None):
+        options = {"temperature": temperature, "chunk": chunk, "loss": PolicyLoss()}
+        for h, w in ((hidden, weight), leaves):
+            _, stats = linear_policy_loss(h, w, target, whole, whole, **options)
+            assert torch.equal(stats["logp_T"], logp) and torch.equal(stats["entropy_T"], entropy)
