@@ -56,7 +56,7 @@ def linear_logprob(
         ignored_T, counting = target_T == checks.IGNORED, None
         target_T = torch.where(ignored_T, 0, target_T)
     else:
-        ignored_T, counting = None, Counting(target_T, (), len(weight_VD))
+        ignored_T, counting = None, Counting(target_T, (), weight_VD.shape[0])
     keep_softmax = keep_softmax and differentiates(hidden_TD, weight_VD, bias_V, None)
     logp_T, entropy_T = LinearLogprob.apply(
         hidden_TD, weight_VD, bias_V, target_T, counting, temperature, softcap, with_entropy, keep_softmax
@@ -165,15 +165,15 @@ def linear_policy_loss(
             counting = None
         else:
             factors = _factors(loss, target_T, advantage_T, token_weight_T, turn_T)
-            counting = Counting(target_T, factors, len(weight_VD))
+            counting = Counting(target_T, factors, weight_VD.shape[0])
         rows, inputs, grads, swept = over_needed_rows(counting, run)
-        value, stats = _stats(loss, swept, inputs, rows, len(target_T))
+        value, stats = _stats(loss, swept, inputs, rows, target_T.shape[0])
         if with_logp and counting is not None and rows is not None:
             _fill_rest(head, hidden_TD, target_T, counting.rest(), chunk, stats)
     if grads is None:
         return value, stats
     formed = (
-        None if grads.hidden_ND is None else put(grads.hidden_ND, rows, len(target_T), 0),
+        None if grads.hidden_ND is None else put(grads.hidden_ND, rows, target_T.shape[0], 0),
         None if weight_grad_VD is not None or grads.weight_VD is None else grads.weight_VD.to(weight_VD.dtype),
         None if grads.bias_V is None else grads.bias_V.to(weight_VD.dtype),
     )
@@ -192,7 +192,7 @@ def _sweep_policy(
 ) -> Swept:
     """One sweep where each row's loss is its own; two where it is its turn's: log-probs first, then gradients."""
     sweep = choose_sweep(hidden_ND, head.weight_VD)
-    if len(target_N) == 0:
+    if target_N.shape[0] == 0:
         nothing_N = inputs.weight_N
         return Swept(nothing_N, nothing_N, TokenLoss(*[nothing_N] * 6))
     if not loss.over_turns:
@@ -231,7 +231,7 @@ def _fill_rest(
     head: Head, hidden_TD: Tensor, target_T: Tensor, rest: Tensor, chunk: int | None, stats: dict[str, Any]
 ) -> None:
     """Log-probs and entropies of the rows that the loss does not need."""
-    if len(rest) == 0:
+    if rest.shape[0] == 0:
         return
     hidden_ND = take(hidden_TD, rest)
     swept = choose_sweep(hidden_ND, head.weight_VD)(head, hidden_ND, take(target_T, rest), None, None, chunk)

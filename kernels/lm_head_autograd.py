@@ -46,7 +46,7 @@ class LinearLogprob(torch.autograd.Function):
 
         def run(rows: Tensor | None, gate: Gate | None) -> tuple[Tensor | None, tuple[Tensor | None, Tensor | None]]:
             hidden_ND, target_N = take(hidden_TD, rows), take(target_T, rows)
-            if len(target_N) == 0:
+            if target_N.shape[0] == 0:
                 nothing_N = hidden_TD.new_zeros(0, dtype=accumulation_dtype(hidden_TD.dtype))
                 return rows, (nothing_N, nothing_N if with_entropy else None)
             if keep and keeps_softmax(hidden_ND, weight_VD):
@@ -59,7 +59,7 @@ class LinearLogprob(torch.autograd.Function):
 
         rows, found = over_needed_rows(counting, run)
         ctx.save_for_backward(hidden_TD, weight_VD, bias_V, target_T, rows)
-        return tuple(None if x is None else put(x, rows, len(target_T), 0) for x in found)
+        return tuple(None if x is None else put(x, rows, target_T.shape[0], 0) for x in found)
 
     @staticmethod
     @once_differentiable
@@ -68,7 +68,7 @@ class LinearLogprob(torch.autograd.Function):
         head = Head(weight_VD, bias_V, ctx.temperature, ctx.softcap)
         hidden_ND, target_N = take(hidden_TD, rows), take(target_T, rows)
         grads = make_buffers(head, hidden_ND, ctx.needs_input_grad[0], None)
-        if len(target_N) > 0:
+        if target_N.shape[0] > 0:
             dentropy_N = None if dentropy_T is None or not ctx.with_entropy else take(dentropy_T, rows)
             step = Given(take(dlogp_T, rows), dentropy_N)
             if ctx.kept is None:
@@ -76,7 +76,7 @@ class LinearLogprob(torch.autograd.Function):
                 sweep(head, hidden_ND, target_N, step, grads, with_entropy=dentropy_N is not None)
             else:
                 _spread_kept(ctx, head, hidden_ND, target_N, step, grads)
-        dhidden_TD = None if grads.hidden_ND is None else put(grads.hidden_ND, rows, len(target_T), 0)
+        dhidden_TD = None if grads.hidden_ND is None else put(grads.hidden_ND, rows, target_T.shape[0], 0)
         dweight_VD, dbias_V = (None if g is None else g.to(weight_VD.dtype) for g in (grads.weight_VD, grads.bias_V))
         return dhidden_TD, dweight_VD, dbias_V, None, None, None, None, None, None
 
@@ -105,7 +105,7 @@ def make_buffers(head: Head, hidden_ND: Tensor, dhidden: bool, weight_grad_VD: T
     dtype = accumulation_dtype(hidden_ND.dtype)
     dweight_VD, fresh = weight_grad_VD, False
     if dweight_VD is None and head.weight_VD.requires_grad:
-        fresh = uses_triton(hidden_ND) and len(hidden_ND) > 0
+        fresh = uses_triton(hidden_ND) and hidden_ND.shape[0] > 0
         make = torch.empty_like if fresh else torch.zeros_like
         dweight_VD = make(head.weight_VD, dtype=head.weight_VD.dtype if hidden_ND.is_cuda else dtype)
     return Gradients(

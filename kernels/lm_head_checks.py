@@ -25,7 +25,7 @@ def check_head(
     _require(hidden_TD.dim() == 2, "hidden_TD must have two dimensions (tokens, hidden size), not {}", hidden_TD.shape)
     _require(hidden_TD.dtype in FLOATS, "hidden_TD must be a float tensor, not {}", hidden_TD.dtype)
     _require(
-        weight_VD.dim() == 2 and weight_VD.shape[1] == hidden_TD.shape[1] and len(weight_VD) > 0,
+        weight_VD.dim() == 2 and weight_VD.shape[1] == hidden_TD.shape[1] and weight_VD.shape[0] > 0,
         "weight_VD must be (vocabulary, {}) to fit hidden_TD, not {}",
         hidden_TD.shape[1],
         weight_VD.shape,
@@ -33,7 +33,7 @@ def check_head(
     _like("weight_VD", weight_VD, hidden_TD)
     _check_target(target_T, "hidden_TD", hidden_TD)
     if bias_V is not None:
-        _require(bias_V.shape == weight_VD.shape[:1], "bias_V must be ({},), not {}", len(weight_VD), bias_V.shape)
+        _require(bias_V.shape == weight_VD.shape[:1], "bias_V must be ({},), not {}", weight_VD.shape[0], bias_V.shape)
         _like("bias_V", bias_V, hidden_TD)
     _check_finish(temperature, softcap)
 
@@ -51,7 +51,7 @@ def _check_target(target_T: Tensor, name: str, rows: Tensor) -> None:
     _require(
         target_T.shape == rows.shape[:1],
         "target_T must be ({},), one target for each row of {}, not {}",
-        len(rows),
+        rows.shape[0],
         name,
         target_T.shape,
     )
@@ -69,7 +69,7 @@ def check_tokens(hidden_TD: Tensor, tokens: dict[str, Tensor | None]) -> None:
     for name, x_T in tokens.items():
         if x_T is None:
             continue
-        _require(x_T.shape == hidden_TD.shape[:1], "{} must be ({},), not {}", name, len(hidden_TD), x_T.shape)
+        _require(x_T.shape == hidden_TD.shape[:1], "{} must be ({},), not {}", name, hidden_TD.shape[0], x_T.shape)
         _require(x_T.dtype in FLOATS, "{} must be a float tensor, not {}", name, x_T.dtype)
         _require(x_T.device == hidden_TD.device, "{} is on {}, hidden_TD on {}", name, x_T.device, hidden_TD.device)
 

@@ -135,7 +135,7 @@ class TokenLoss(NamedTuple):
 
     value_N: Tensor
     dlogp_N: Tensor
-    dentropy_N: Tensor
+    dentropy_N: Tensor | None  # kernels leave out what is 0
     clipped_N: Tensor  # 1 where the clip took the gradient away (cispo: where it changed the ratio)
     kl_N: Tensor  # r · k3, an unbiased estimate of KL(π ‖ π_ref) whichever estimator the loss uses; 0 without π_ref
     truncated_N: Tensor  # 1 where the importance weight was above its cap

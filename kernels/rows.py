@@ -72,7 +72,7 @@ class Counting:
 
     def expect_all(self) -> None:
         """Raises SomeRows unless all rows are needed, and ValueError for a target outside the vocabulary."""
-        if self._wait() < len(self._target_T):
+        if self._wait() < self._target_T.shape[0]:
             raise SomeRows
 
     def check(self) -> None:
@@ -85,7 +85,7 @@ class Counting:
         Raises ValueError for a target outside the vocabulary.
         """
         needed = self._wait()
-        if needed == len(self._target_T):
+        if needed == self._target_T.shape[0]:
             return None
         return torch.nonzero_static(counted(self._target_T, self._factors), size=needed)[:, 0]
 
@@ -120,7 +120,7 @@ class Counting:
         free = _mailboxes.setdefault(target_T.device, [])
         mailbox = free.pop() if free else _Mailbox.make()
         first, second = (*(f.contiguous() for f in self._factors), None, None)[:2]
-        arguments = (target_T.contiguous(), first, second, mailbox.counts, len(target_T), self._vocabulary)
+        arguments = (target_T.contiguous(), first, second, mailbox.counts, target_T.shape[0], self._vocabulary)
         with on_device(target_T):
             launch(count_kernel, (1,), arguments, (IGNORED, 4096), num_warps=16)
             mailbox.event.record()

@@ -14,7 +14,7 @@ def scale(x: Tensor, factor: Tensor) -> Tensor:
     """x · factor in place, for a contiguous x and a scalar on the same GPU; a factor of 1 costs a look at it."""
     programs = 8 * torch.cuda.get_device_properties(x.device).multi_processor_count
     with on_device(x):
-        grid = (min(programs, triton.cdiv(x.numel(), 4096)),)
+        grid = (min(programs, -(-x.numel() // 4096)),)
         launch(kernels.scale_kernel, grid, (x, factor, x.numel()), (programs, 4096), num_warps=8)
     return x
 
@@ -26,7 +26,7 @@ def scale_rows(x_CD: Tensor, factor_C: Tensor, out: Tensor) -> Tensor:
     rows, depth = x_CD.shape
     block = min(2048, triton.next_power_of_2(depth))
     arguments = (x_CD, factor_C, out, depth, x_CD.stride(0))
-    launch(kernels.scale_rows_kernel, (rows, triton.cdiv(depth, 2048)), arguments, (block,), num_warps=4)
+    launch(kernels.scale_rows_kernel, (rows, -(-depth // 2048)), arguments, (block,), num_warps=4)
     return out
 
 
@@ -34,4 +34,4 @@ def add_scaled_rows(x_CV: Tensor, factor_C: Tensor, total_V: Tensor) -> None:
     """total += Σ over rows of factor · x, always in the same order."""
     rows, columns = x_CV.shape
     arguments = (x_CV, factor_C, total_V, rows, columns, x_CV.stride(0))
-    launch(kernels.add_scaled_rows_kernel, (triton.cdiv(columns, 256),), arguments, (32, 256), num_warps=4)
+    launch(kernels.add_scaled_rows_kernel, (-(-columns // 256),), arguments, (32, 256), num_warps=4)

@@ -27,6 +27,11 @@ LOG2E = 1.4426950408889634
 Product = Callable[["Tensor | None"], None]  # launches, where the redo flag is set or None
 
 
+def cut(x_N: Tensor, rows: slice) -> Tensor:
+    """Some rows of x; all of them cost nothing."""
+    return x_N if rows.stop - rows.start == x_N.shape[0] else x_N[rows]
+
+
 class Block(NamedTuple):
     """The exponentials of tokens `first` to `end`, a part of the vocabulary; None where they are not kept."""
 
@@ -64,13 +69,11 @@ class Softmax(NamedTuple):
 
     def at(self, rows: slice) -> Softmax:
         """The same of a chunk's rows, whose exponentials are the blocks' first rows."""
-        count = rows.stop - rows.start
-        blocks = tuple(b if b.exps_NV is None else b._replace(exps_NV=b.exps_NV[:count]) for b in self.blocks)
-        if count == self.logp_N.shape[0]:
-            return self._replace(blocks=blocks)
-        entropy_N = None if self.entropy_N is None else self.entropy_N[rows]
-        vectors = (self.target_x_N[rows], self.shift_N[rows], self.others_N[rows])
-        return Softmax(self.logp_N[rows], entropy_N, *vectors, blocks)
+        first = slice(0, rows.stop - rows.start)
+        blocks = tuple(b if b.exps_NV is None else b._replace(exps_NV=cut(b.exps_NV, first)) for b in self.blocks)
+        entropy_N = None if self.entropy_N is None else cut(self.entropy_N, rows)
+        shifts = cut(self.target_x_N, rows), cut(self.shift_N, rows), cut(self.others_N, rows)
+        return Softmax(cut(self.logp_N, rows), entropy_N, *shifts, blocks)
 
 
 class _Chunk(NamedTuple):

@@ -17,7 +17,7 @@ from ilr_kernels.chunks import balanced, gpu_chunk
 from ilr_kernels.launch import launch
 from ilr_kernels.rows import Gate
 from ilr_kernels.scaling import add_scaled_rows, scale_rows
-from ilr_kernels.softmax_fill import Block, Softmax, fill, tile_width
+from ilr_kernels.softmax_fill import Block, Softmax, cut, fill, tile_width
 from ilr_kernels.step_arguments import step_constants, step_scalars, step_vectors
 from ilr_kernels.sweep import Given, Gradients, Head, Policy, Step, Swept, add_product
 from torch import Tensor
@@ -46,11 +46,12 @@ def sweep(
         for start in range(0, n, chunk):
             rows = slice(start, min(start + chunk, n))
             softmax = whole.at(rows)
-            fill(head, hidden_ND[rows], target_N[rows], softmax, slope=not _entropy_counts(step), gate=gate)
+            hidden_CD, target_C = cut(hidden_ND, rows), cut(target_N, rows)
+            fill(head, hidden_CD, target_C, softmax, slope=not _entropy_counts(step), gate=gate)
             if start == 0:  # the GPU is busy from here on
                 gate = None
                 vectors, losses = step_vectors(step, whole.logp_N)
-            _apply(head, hidden_ND, target_N, softmax, step, vectors, grads, rows)
+            _apply(head, hidden_CD, target_C, softmax, step, vectors, grads, rows)
     return Swept(whole.logp_N, whole.entropy_N, losses)
 
 
@@ -111,8 +112,8 @@ def _within_dweight(head: Head, hidden_ND: Tensor, grads: Gradients, most: int) 
 
 def _apply(
     head: Head,
-    hidden_ND: Tensor,
-    target_N: Tensor,
+    hidden_CD: Tensor,
+    target_C: Tensor,
     softmax: Softmax,
     step: Step,
     vectors: dict[str, Tensor | None],
@@ -124,8 +125,7 @@ def _apply(
         return
     n = softmax.logp_N.shape[0]
     entropy = _entropy_counts(step)
-    own = {name: None if x is None else x[rows] for name, x in vectors.items()}
-    target_C = target_N[rows]
+    own = {name: None if x is None else cut(x, rows) for name, x in vectors.items()}
     factor_C = torch.empty_like(softmax.logp_N)
     first, more = (*softmax.blocks, None)[:2]
     exps_CV, more_CV = first.exps_NV, None if more is None else more.exps_NV
@@ -145,7 +145,7 @@ def _apply(
             width = block.end - block.first
             arguments = (*tensors, width, block.kept_NV.stride(0), *finish)
             launch(kernels.entropy_kernel, (n, -(-width // 4096)), arguments, (softcap, 4096), num_warps=8)
-    multiply_out(head, hidden_ND[rows], softmax.blocks, factor_C, grads, rows)
+    multiply_out(head, hidden_CD, softmax.blocks, factor_C, grads, rows)
 
 
 def multiply_out(
@@ -157,7 +157,7 @@ def multiply_out(
     """
     if grads.hidden_ND is not None:
         product_CD = _wide_product(blocks, head.weight_VD)
-        scale_rows(product_CD, factor_C, out=grads.hidden_ND[rows])
+        scale_rows(product_CD, factor_C, out=cut(grads.hidden_ND, rows))
         del product_CD
     if grads.bias_V is not None:
         for block in blocks:

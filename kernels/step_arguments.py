@@ -26,11 +26,11 @@ def step_vectors(step: Step, like_N: Tensor) -> tuple[dict[str, Tensor | None], 
         vectors[name] = None if x_N is None else x_N.contiguous()
     if step.loss.importance == "none":
         vectors["p_behavior"] = None
-    value_N, dlogp_N, clipped_N, kl_N, truncated_N = like_N.new_empty(5, len(like_N))
+    value_N, dlogp_N, clipped_N, kl_N, truncated_N = like_N.new_empty(5, like_N.shape[0])
     vectors |= dict(zip(OUTPUTS, (value_N, clipped_N, kl_N, truncated_N), strict=True)) | {"p_dlogp": dlogp_N}
-    losses = TokenLoss(value_N, dlogp_N, t.weight_N * -step.loss.entropy_coef, clipped_N, kl_N, truncated_N)
-    vectors["p_dentropy"] = losses.dentropy_N if step.loss.entropy_coef != 0 else None
-    return vectors, losses
+    if step.loss.entropy_coef != 0:
+        vectors["p_dentropy"] = t.weight_N * -step.loss.entropy_coef
+    return vectors, TokenLoss(value_N, dlogp_N, vectors["p_dentropy"], clipped_N, kl_N, truncated_N)
 
 
 def step_scalars(step: Step) -> tuple[float, ...]:
