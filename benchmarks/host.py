@@ -35,19 +35,27 @@ def rows(name: str, work: Callable[[], Any], checked: dict[str, Any], device: st
     """The host's rows of a variant whose row is `checked`; none where that was wrong."""
     if checked["status"] != "timed":
         return []
-    clocks = {"a whole call": partial(whole_call, work, device)}
+    found = [whole_call_row(f"{name}, a whole call", work, checked, device)]
     if device == "cuda":
-        clocks["before the first product"] = partial(before_first_product, work)
-    found = []
-    for what, clock in clocks.items():
-        try:
+        found.append(_row(f"{name}, before the first product", partial(before_first_product, work), checked))
+    return found
+
+
+def whole_call_row(name: str, work: Callable[[], Any], checked: dict[str, Any], device: str) -> dict[str, Any]:
+    """The row of a whole call alone."""
+    return _row(name, partial(whole_call, work, device), checked)
+
+
+def _row(name: str, clock: Callable[[], list[float]], checked: dict[str, Any]) -> dict[str, Any]:
+    seconds, status = [], checked["status"]
+    try:
+        if status == "timed":
             seconds = clock()
             status = "timed" if seconds else "not seen by the profiler"
-        except Exception as problem:  # a profiler that fails must not take the others' figures with it
-            seconds, status = [], f"not timed: {type(problem).__name__}: {str(problem)[:200]}"
-        more = {"status": status, "target": None, "met": None, "targets": [], "device_ms": checked["ms"]}
-        found.append(row(f"host: {name}, {what}", checked["shape"], seconds, error=checked["error"], **more))
-    return found
+    except Exception as problem:  # a profiler that fails must not take the others' figures with it
+        seconds, status = [], f"not timed: {type(problem).__name__}: {str(problem)[:200]}"
+    more = {"status": status, "target": None, "met": None, "targets": [], "device_ms": checked["ms"]}
+    return row(f"host: {name}", checked["shape"], seconds, error=checked["error"], **more)
 
 
 def whole_call(work: Callable[[], Any], device: str, calls: int = CALLS) -> list[float]:

@@ -1,4 +1,5 @@
-"""The shapes that others publish: Liger's CuTe cross-entropy, TRL's issue 7244, RL-Kernel's table, given logits.
+"""The shapes that others publish: Liger's CuTe cross-entropy, TRL's issue 7244, RL-Kernel's table, given logits; and
+log-probs of few rows, as a sampler asks for them at every token.
 
     ilr-fast bench lm_head_shapes
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from ilr_benchmarks import host
 from ilr_benchmarks.lm_head import ADDED, BONUS, GRPO, LIMIT, OURS, Products, Truth, loss, make, name_of, release
 from ilr_benchmarks.measure import Case, Outputs, Target, measure, relative_error
 from ilr_benchmarks.problem import Problem, logprob_truth, policy_truth
@@ -19,11 +21,12 @@ from torch import Tensor
 
 LOSS_SHAPES = ((8192, 4096, 131072, 1.06, None), (8192, 4096, 151936, 1.05, 2.2))
 LOGPROB_SHAPE, LOGITS_SHAPE, QUICK = (4096, 2048, 131072), (8192, 151936), (64, 32, 1000)
+FEW_SHAPE, FEW = (512, 896, 151936), (1, 32, 256, 512)
 COPY = "copy of the logits"
 
 
 def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> list[dict[str, Any]]:
-    """Rows of all four."""
+    """Rows of all five."""
     rows = []
     for n, d, v, bound, gib in LOSS_SHAPES[:1] if quick else LOSS_SHAPES:
         x = make(QUICK if quick else (n, d, v), device)
@@ -32,6 +35,10 @@ def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> list[dict[
         release(device)
     x = make(QUICK if quick else LOGPROB_SHAPE, device)
     rows += measure(logprob_cases(x), name_of(x), rounds, device, queued=True)
+    del x
+    release(device)
+    x = make(QUICK if quick else FEW_SHAPE, device)
+    rows += few_rows(x, rounds, device)
     n, v = (64, 1000) if quick else LOGITS_SHAPE
     torch.manual_seed(0)
     logits_TV = (2 * torch.randn(n, v, device=device)).to(x.hidden_ND.dtype)
@@ -78,6 +85,32 @@ def logprob(x: Problem, keep_softmax: bool) -> Outputs:
     found = {"logp": logp_N.detach(), "dhidden": x.hidden_ND.grad, "dweight": x.weight_VD.grad}
     x.forget()
     return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+@torch.no_grad()
+def few_rows(x: Problem, rounds: int, device: str) -> list[dict[str, Any]]:
+    """Log-probs of the first rows, beside one product; on the host, a whole call from an idle GPU."""
+    exact = reference.linear_logprob(x.hidden_ND.double(), x.weight_VD.double(), x.target_N)
+    room = torch.empty(len(x.target_N), len(x.weight_VD), dtype=x.hidden_ND.dtype, device=device)
+    few = [n for n in FEW if n <= len(x.target_N)]
+    cases, works = [], {}
+    for n in few:
+        hidden_ND, target_N, truth_N = x.hidden_ND[:n], x.target_N[:n], exact[:n]
+
+        def product(hidden_ND: Tensor = hidden_ND, n: int = n) -> None:
+            torch.mm(hidden_ND, x.weight_VD.t(), out=room[:n])
+
+        def work(hidden_ND: Tensor = hidden_ND, target_N: Tensor = target_N) -> Tensor:
+            return linear_logprob(hidden_ND, x.weight_VD, target_N)  # type: ignore[return-value]
+
+        limit, name = f"limit: one product, N={n}", f"ours, linear_logprob alone, N={n}"
+        error = lambda found, truth_N=truth_N: relative_error(found, truth_N)  # noqa: E731
+        cases += [Case(limit, product), Case(name, work, error, limit=limit)]
+        works[name] = work
+    shape = f"N={few[0]} to {few[-1]} {name_of(x).partition(' ')[2]}"
+    rows = measure(cases, shape, rounds, device, queued=True)
+    checked = {row["variant"]: row for row in rows}
+    return rows + [host.whole_call_row(name, work, checked[name], device) for name, work in works.items()]
 
 
 def logits_cases(logits_TV: Tensor, target_T: Tensor) -> list[Case]:

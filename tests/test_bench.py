@@ -40,7 +40,7 @@ def test_every_name_has_a_module_with_run_and_every_such_module_a_name():
     assert {file.stem for file in files if "\ndef run(*, rounds" in file.read_text()} == names
 
 
-@pytest.mark.parametrize("name", ["lm_head", "lm_head_shapes", "lm_head_sweep", "advantage", "lm_head_cpu"])
+@pytest.mark.parametrize("name", ["lm_head", "lm_head_shapes", "lm_head_sweep", "advantage", "adamw", "lm_head_cpu"])
 def test_quick_runs_and_writes_the_contract_s_json(name, tmp_path):
     status, result = run(name, tmp_path)
     assert status == 0
@@ -119,8 +119,10 @@ def test_every_error_is_found_before_any_time_is_taken():
         return measure.Case(name, lambda: calls.append(name), None if error is None else lambda _: error, limit=None)
 
     cases = [case("limit", None), case("right", 0.01), case("wrong", 0.03), case("nan", {"a": 0.0, "b": math.nan})]
-    rows = {row["variant"]: row for row in measure.measure(cases, "S", 3, "cpu")}
-    assert calls == ["limit", "right", "wrong", "nan"] + 3 * ["limit", "right"]
+    rows = {row["variant"]: row for row in measure.measure(cases, "S", 9, "cpu")}
+    assert calls[:4] == ["limit", "right", "wrong", "nan"]
+    rounds = {tuple(calls[i : i + 2]) for i in range(4, len(calls), 2)}
+    assert len(calls) == 4 + 2 * 9 and rounds == {("limit", "right"), ("right", "limit")}, "each round in another order"
     assert rows["right"]["error"] == 0.01 and rows["right"]["ms"] is not None
     assert rows["wrong"]["error"] == 0.03 and rows["wrong"]["ms"] is None
     assert rows["nan"]["error"] is None and rows["nan"]["errors"] == {"a": 0.0, "b": None}
