@@ -26,7 +26,7 @@ OPTIONS = dict(lr=1e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.01)
 STEP = 10
 # What each variant reads and writes of a parameter, in bytes: weights, a bfloat16 gradient, two moments.
 FLOAT32, BFLOAT16, EIGHT_BITS = 4 + 2 + 16, 4 + 2 + 8, 4 + 2 + 4
-PATIENCE_S = 45
+PATIENCE_S = 30
 CHECKED = 3  # tensors whose weights are held against float64
 
 

@@ -55,7 +55,7 @@ def cases(rewards_MQG: Tensor, device: str) -> list[Case]:
         return reference.calibrated_advantage(rewards_MQG)
 
     fast = Target("faster", 10, EAGER)
-    reference_case = Case(EAGER, eager, error, tolerance=1e-3, calls=20, most_rounds=3)
+    reference_case = Case(EAGER, eager, error, tolerance=1e-3, calls=5, most_rounds=3)
     if device != "cuda":
         return [reference_case, Case("ours", ours, error, tolerance=1e-4, calls=20)]
     empty = empty_kernel(device)

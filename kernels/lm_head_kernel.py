@@ -112,7 +112,7 @@ def rows_kernel(
     distance = (target_logit - shift) * scale
     own = tl.exp2(distance)
     total = own + others
-    log_total = tl.where(distance == 0.0, log1p(others), tl.log(total))
+    log_total = log1p(tl.where(distance == 0.0, others, total - 1.0))
     logp = distance * LN2 - log_total
     entropy = log_total - (moment + own * distance) * LN2 / total
     tl.store(p_logp + row, logp)

@@ -109,7 +109,7 @@ def sums_kernel(
     others = tl.sum(b_total, 0)
     distance = tl.load(p_target_x + o_r, mask=m_r, other=0.0) - tl.load(p_shift + o_r, mask=m_r, other=0.0)
     own = tl.exp2(distance)  # 1 unless the shift was raised
-    log_sum = tl.where(distance == 0.0, log1p(others), tl.log(own + others))
+    log_sum = log1p(tl.where(distance == 0.0, others, own + others - 1.0))
     tl.store(p_others + o_r, others, mask=m_r)
     tl.store(p_logp + o_r, distance * LN2 - log_sum, mask=m_r)
     if p_entropy is not None:

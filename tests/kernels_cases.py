@@ -230,7 +230,7 @@ def check_within_dweight(shape: tuple[int, int, int], device: str = "cpu") -> No
         check_overflow(shape, device)
     finally:
         softmax_product._within_dweight, softmax_product.gpu_chunk = kept
-    assert len(found) == 4 and all(blocks is not None for blocks in found), "not the case that was meant"
+    assert len(found) >= 4 and all(blocks is not None for blocks in found), "not the case that was meant"
 
 
 def check_overflow(shape: tuple[int, int, int], device: str = "cpu") -> None:
