@@ -1,5 +1,5 @@
-"""What every test takes for granted: SIGINT interrupts, also where the runner was started in the background; and a GPU's
-memory goes back after each, since other processes' tests may need it."""
+"""What every test takes for granted: SIGINT interrupts, also where the runner was started in the background; and each
+gives a GPU's memory back, since other processes' tests may need it."""
 
 import signal
 import sys
