@@ -6,8 +6,10 @@ Run by `make test-vllm`, in an environment of its own; skipped where vLLM is mis
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import metadata
 from typing import Any
 
@@ -17,6 +19,8 @@ import transformers
 from test_engine_embedded import END, VOCABULARY, log_probs, prompts_of, run, tiny_tokenizer
 from vllm_models import small_model
 
+from ilr_fast.engines import vllm_memory
+from ilr_fast.engines.device_memory import OutOfMemory
 from ilr_fast.errors import UserError
 from ilr_fast.types import Generation, Sampling
 
@@ -160,6 +164,41 @@ def test_an_engine_that_slept_has_forgotten_and_samples_from_the_update(weights:
     after = run(engine, [prompt], [greedy])[0]
     assert after.tokens[0] != before.tokens[0] and after.logps == expected(model, prompt, after)
     assert engine.stats().tokens_reused == reused
+
+
+def test_what_an_engine_gives_back_no_other_engine_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two models with equal rotary embeddings, for which vLLM has one table in a process."""
+    from ilr_fast.engines import vllm_core
+
+    class Pool:
+        def filling(self) -> Any:
+            return contextlib.nullcontext()
+
+    def apart() -> Any:
+        regions = {"weights": Pool(), "kv_cache": Pool()}
+        monkeypatch.setattr(vllm_core, "filling", lambda _: vllm_memory.filling(regions))
+        return engine_for(small_model("llama"))._core.model
+
+    def tables(model: Any) -> set[int]:
+        return {m.cos_sin_cache.data_ptr() for m in model.modules() if hasattr(m, "cos_sin_cache")}
+
+    first, second = apart(), apart()
+    assert tables(first) and not tables(first) & tables(second)
+
+
+def test_no_memory_to_wake_into_is_the_users_to_solve() -> None:
+    class Full:
+        def release(self, *, keep: bool) -> int:
+            return 0
+
+        def restore(self) -> int:
+            raise OutOfMemory(3 * 2**30, 2**30)
+
+    engine = engine_for(small_model("llama"), sleeps=True, where="agents.ada")
+    engine._core = replace(engine._core, cache=Full())
+    engine.reside("training")
+    with pytest.raises(UserError, match=r"agents\.ada\.engine: 3 GiB are needed and 1 GiB .*\n.*engine\.sleep: turns"):
+        engine.reside("awake")
 
 
 def test_weights_that_change_while_a_request_runs_are_used_from_then_on() -> None:

@@ -137,6 +137,7 @@ def test_agents_generate_and_learn_at_the_same_time_and_share_their_fate(tmp_pat
     with ExitStack() as stack:
         team = team_of(stack, tmp_path, models)
         ada, bob = team.hosts.values()
+        assert ada._link._moves > 0 and ".py:" in ada._link._at, "workers give signs of progress"
 
         async def ask(count: int, tokens: int) -> list[Generation]:
             wanted = [Sampling(max_tokens=tokens, seed=i, stop=("\0",)) for i in range(count)]

@@ -29,21 +29,29 @@ def open_regions(device: torch.device, where: str) -> dict[str, Region]:
 
 @contextlib.contextmanager
 def filling(regions: Mapping[str, Region]) -> Iterator[None]:
-    """What vLLM allocates for weights and for keys and values lies in the regions, if there are any."""
+    """What vLLM allocates for weights and for keys and values lies in the regions, if there are any.
+
+    Models of one process would share the tables of equal rotary embeddings, which would go with the engine that made
+    them: the core that opens here gets tables of its own.
+    """
     if not regions:
         yield
         return
+    from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT as shared
     from vllm.v1.worker.gpu_worker import Worker
 
     def pool(worker: Any, tag: str) -> contextlib.AbstractContextManager[None]:
         return regions[tag].filling() if tag in regions else contextlib.nullcontext()
 
-    own = Worker._maybe_get_memory_pool_context
+    own, tables = Worker._maybe_get_memory_pool_context, dict(shared)
     Worker._maybe_get_memory_pool_context = pool
+    shared.clear()
     try:
         yield
     finally:
         Worker._maybe_get_memory_pool_context = own
+        shared.clear()
+        shared.update(tables)
 
 
 def tensors_of(caches: Any) -> Iterator[torch.Tensor]:

@@ -141,7 +141,7 @@ class LocalHost:
             self.engine.close()
         else:
             self.engine.forget()
-        del self.agent, self.engine
+        del self.agent, self.engine, self._parked
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
