@@ -68,18 +68,29 @@ class _Minibatch:
 class Agent:
     """A model with what its training needs. `train: none` has neither optimizer nor reference.
 
-    `model`: what `load_policy` gave, where an engine has already made its weights the engine's own.
+    `model`: what `load_policy` gave, where an engine has already made its weights the engine's own; `forward`: the
+    engine's kernels in place of `packed_forward` (engines/exact.py).
     """
 
-    def __init__(self, name: str, config: AgentConfig, run: Config, tokenizer: Any = None, model: Any = None):
+    def __init__(
+        self,
+        name: str,
+        config: AgentConfig,
+        run: Config,
+        tokenizer: Any = None,
+        model: Any = None,
+        forward: Callable[..., Tensor] | None = None,
+    ):
         where = f"agents.{name}"
         self.name, self.config, self.run, self.loss = name, config, run, run.loss
         self.tokenizer = (
             tokenizer if tokenizer is not None else AutoTokenizer.from_pretrained(resolve_model(config.model))
         )
         self.model: Any = load_policy(config, where, run.seed) if model is None else model
+        self.forward = forward or packed_forward
         self.device = self.model.device
-        if config.fused_layers == "on" or (config.fused_layers == "auto" and self.device.type == "cuda"):
+        fused = config.fused_layers == "on" or (config.fused_layers == "auto" and self.device.type == "cuda")
+        if fused and forward is None:
             fuse(self.model)
         self.trains = config.train != "none"
         self.policy_loss = policy_loss_of(run.loss)
@@ -88,6 +99,7 @@ class Agent:
             keep_dead=self.policy_loss.beta != 0 or self.policy_loss.entropy_coef != 0,
             count_dropped=run.credit.count_dropped,
             turn_limit=max(run.rollout.max_tokens.values()),
+            share_prefixes=forward is None,
         )
         self.reference = self._reference(where)
         self.optimizer: Optimizer | None = None
@@ -242,7 +254,8 @@ class Agent:
 
     def _hidden(self, model: Any, batch: PackedBatch) -> tuple[Tensor, LMHead]:
         """Hidden states of the trained rows, and the head; a scale of the logits is moved into both."""
-        hidden_TD = packed_forward(model, batch.tokens_T, batch.positions_T, batch.plan)
+        forward = self.forward if model is self.model else packed_forward
+        hidden_TD = forward(model, batch.tokens_T, batch.positions_T, batch.plan)
         hidden_ND, head = hidden_TD.index_select(0, batch.rows_N), lm_head_of(model)
         if head.scale == 1:
             return hidden_ND, head

@@ -149,7 +149,7 @@ def _attention(
             raise UserError(f"attention with {name} is not supported", type(module).__name__, "use another model")
     settings = AttentionSettings(scale, sliding_window, softcap, dropout)
     if isinstance(ilr_plan, TreePlan):
-        return _tree_attention(ilr_plan, query, key, value, settings), None
+        return tree_attention(ilr_plan, query, key, value, settings), None
     return ilr_plan.attend(module.layer_idx, query, key, value, settings), None
 
 
@@ -176,7 +176,7 @@ def _ordinary(
     return scores_attention(query, key, value, mask, settings).transpose(1, 2).contiguous()
 
 
-def _tree_attention(plan: TreePlan, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
+def tree_attention(plan: TreePlan, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
     if usable(plan, query, query.shape[-1], settings.softcap, settings.dropout):
         q_THD, k_TKD, v_TKD = (x[0].transpose(0, 1) for x in (query, key, value))
         window = plan.window(settings.window)

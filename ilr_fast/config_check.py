@@ -27,6 +27,13 @@ def _findings(config: Config) -> Iterator[Finding]:
     yield not config.agents, "no agents", "agents", "name at least one, each with its `model`"
     for name, agent in config.agents.items():
         yield from _agent(name, agent, config.rollout)
+    together = {a.engine.exact for a in config.agents.values() if a.engine.name == "vllm" and a.host == "local"}
+    yield (
+        len(together) > 1,
+        "vLLM's batch-invariant mode is the whole process's",
+        "agents",
+        "set `engine.exact` for all agents or none, or `host: process`",
+    )
     yield (
         all(agent.train == "none" for agent in config.agents.values()),
         "no agent is trained",
@@ -86,7 +93,14 @@ def _engine(agent: AgentConfig, path: str) -> Iterator[Finding]:
         f"{path}.device",
         "use `cuda`, and CUDA_VISIBLE_DEVICES to choose the device",
     )
-    for key in ("weights", "cache_gib", "tokens_in_flight", "fast_start"):
+    if engine.exact:
+        reason = "an exact engine "
+        yield agent.train == "lora", reason + "with adapters", f"{path}.train", "use `train: full`"
+        yield engine.weights != "share", reason + "on a copy", f"{path}.engine.weights", "use `share`"
+        yield not engine.fast_start, reason + "that is compiled", f"{path}.engine.fast_start", "use true"
+        yield agent.dtype not in ("auto", "bfloat16"), reason + f"in {agent.dtype}", f"{path}.dtype", "use bfloat16"
+        yield agent.device == "cpu", reason + "on the CPU", f"{path}.engine.exact", "use a GPU, or leave it out"
+    for key in ("weights", "cache_gib", "exact", "tokens_in_flight", "fast_start"):
         given = getattr(engine, key) != getattr(plain, key)
         yield not vllm and given, "a setting of vLLM's", f"{path}.engine.{key}", "set `engine.name: vllm`, or remove it"
 

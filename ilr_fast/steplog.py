@@ -35,11 +35,13 @@ def metrics_row(
     return {"step": step, "tokens": tokens, "failures": len(failures), "agents": agents}
 
 
-def diverging(row: Mapping, log: LogConfig) -> dict[str, str]:
+def diverging(row: Mapping, log: LogConfig, exact: Sequence[str] = ()) -> dict[str, str]:
     """The agents whose trainer does not see the distribution that its engine sampled from, and what says so: the first
-    number of the row that is over its limit in the config."""
+    number of the row that is over its limit in the config. Of the agents in `exact` no token may differ at all."""
     found = {}
     for name, agent in row["agents"].items():
+        if name in exact and (most := agent.get("logp_diff_max")):
+            found[name] = f"a token's log-probs differ by {most:.3g} in step {row['step']}, and its engine is exact"
         for key, limit, words in (
             ("logp_diff_mean", "logp_warning", "log-probs of trainer and engine differ by {:.3g} on average"),
             ("logp_diff_max", "logp_warning_max", "a token's log-probs of trainer and engine differ by {:.3g}"),

@@ -139,7 +139,8 @@ class _Steps:
 
     def warn(self) -> None:
         """Says, once for each agent, that the trainer does not see the distribution that the engine sampled from."""
-        for name, difference in diverging(self.row, self.config.log).items():
+        exact = [name for name, agent in self.config.agents.items() if agent.engine.exact]
+        for name, difference in diverging(self.row, self.config.log, exact).items():
             if name not in self.warned:
                 self.warned.add(name)
                 remedy = "compare their precision, or correct for it with loss.importance"

@@ -42,6 +42,25 @@ class CannotShare(UserError):
         super().__init__(f"the engine's weights can't be shared: {what}", f"{where}.engine.weights", REMEDY)
 
 
+def connect(
+    model: nn.Module, engine_model: nn.Module, how: str, device: torch.device, where: str
+) -> WeightCopy | None:
+    """Shares the weights (None), or makes the copy and returns what keeps it up to date; `how` is engine.weights."""
+    if how != "copy":
+        try:
+            share(model, engine_model, where)
+            model.to(device)  # buffers; the parameters are there already
+            check_shared(model, engine_model, where)
+            return None
+        except CannotShare:
+            if how == "share":
+                raise
+    model.to(device)
+    copy = WeightCopy(model, engine_model, where)
+    copy()
+    return copy
+
+
 @torch.no_grad()
 def share(model: nn.Module, engine_model: nn.Module, where: str) -> None:
     """Makes every parameter of `model` a view of `engine_model`'s, values kept; CannotShare leaves `model` as it was.

@@ -33,6 +33,15 @@ def test_prefix_is_stored_once_and_its_last_row_predicts_every_branch():
     assert batch.behavior_logp_N == pytest.approx(torch.tensor([-0.3, -0.4, -0.3, -0.4, -0.5]))
 
 
+def test_sequences_may_lie_one_after_the_other():
+    rules = BatchRules(share_prefixes=False)
+    (batch,) = pack_step(TWO, rules, budget=9).batches
+    assert batch.tokens_T.tolist() == [1, 2, 3, 10, 1, 2, 3, 20, 21] and not batch.plan.shares_prefixes
+    assert batch.rows_N.tolist() == [2, 3, 6, 7, 8]
+    assert [b.tokens_T.tolist() for b in pack_step(TWO, rules, budget=8).batches] == [[1, 2, 3, 10], [1, 2, 3, 20, 21]]
+    assert len(pack_step(TWO, BatchRules(), budget=8).batches) == 1
+
+
 def test_prefix_reaches_into_sampled_tokens_and_branches_may_be_empty():
     same = [sequence("q", [1, 2, 7, 8], turn(1, 4, a), sample=i) for i, a in enumerate((1.0, -1.0))]
     longer = sequence("q", [1, 2, 7, 8, 9], turn(1, 5, 0.5), sample=2)

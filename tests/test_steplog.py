@@ -20,6 +20,9 @@ def test_agents_over_the_limit_are_named_with_their_difference():
     assert list(diverging(row, LogConfig(logp_warning=1, logp_warning_max=1.2))) == ["ada", "dan"]
     assert "log.logp_warning_max = 1.2" in diverging(row, LogConfig(logp_warning=1, logp_warning_max=1.2))["dan"]
     assert diverging(row, LogConfig(logp_warning=1, logp_warning_max=None, truncated_warning=1)) == {}
+    assert "0.1 in step 3, and its engine is exact" in diverging({**row, "agents": {"dan": {"logp_diff_max": 0.1}}},
+                                                                 LogConfig(), exact=["dan"])["dan"]  # fmt: skip
+    assert diverging({**row, "agents": {"dan": {"logp_diff_max": 0.0}}}, LogConfig(), exact=["dan"]) == {}
 
 
 def test_a_run_warns_of_each_agent_once(tmp_path, capfd):

@@ -35,13 +35,13 @@ from ilr_fast.engines.embedded import PASSES_BETWEEN_STEPS, EngineStats
 from ilr_fast.engines.mistakes import failure_of, mistake_of
 from ilr_fast.engines.stops import Decoder, StopStrings
 from ilr_fast.engines.vllm_core import CoreOptions, open_core
-from ilr_fast.engines.vllm_logps import Noise, float32_logits
+from ilr_fast.engines.vllm_logps import Noise, exact_forward, float32_logits
 from ilr_fast.engines.vllm_lora import Adapter
 from ilr_fast.engines.vllm_requests import Requests
 from ilr_fast.errors import UserError
 from ilr_fast.ticks import tick
 from ilr_fast.types import FinishReason, Generation, Residence, Sampling
-from ilr_fast.weights import CannotShare, WeightCopy, check_shared, share
+from ilr_fast.weights import check_shared, connect
 
 WAKING = "lower engine.cache_gib or micro_batch_tokens, set `engine.sleep: turns`, or free memory"
 
@@ -84,11 +84,12 @@ class VllmEngine:
         self._core = open_core(model, options, where, device)
         self.max_context = self._core.max_context
         self._model, self._where = model, where
-        self._copy = self._connect(weights, device)
+        self._copy = connect(model, self._core.model, weights, device, where)
         self._adapter = None
         if hasattr(model, "peft_config"):
             self._adapter = Adapter(model, self._core.worker, where)
         float32_logits(self._core.model)
+        self.forward = exact_forward(model, self._core, where) if options.exact else None
         self._client = self._core.client
         self._vocabulary: int = model.get_input_embeddings().weight.shape[0]
         self._stop_tokens = frozenset(stop_tokens)
@@ -226,22 +227,6 @@ class VllmEngine:
                 request = self._requests[name]
                 self._client.add_request(self._form.sampling(name, request.prompt, request.sampling, request.limit))
             self.step()
-
-    def _connect(self, weights: str, device: torch.device) -> WeightCopy | None:
-        """Shares the weights, or makes the copy and returns what keeps it up to date."""
-        if weights != "copy":
-            try:
-                share(self._model, self._core.model, self._where)
-                self._model.to(device)  # buffers; the parameters are there already
-                check_shared(self._model, self._core.model, self._where)
-                return None
-            except CannotShare:
-                if weights == "share":
-                    raise
-        self._model.to(device)
-        copy = WeightCopy(self._model, self._core.model, self._where)
-        copy()
-        return copy
 
     def _take(self, outputs: Iterable[Any]) -> None:
         """Adds what a step sampled to its requests and ends those that are complete."""

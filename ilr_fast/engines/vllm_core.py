@@ -23,6 +23,7 @@ from packaging.version import Version
 from torch import nn
 
 from ilr_fast.engines.regions import Region
+from ilr_fast.engines.vllm_exact import attention_backend, check_exact, one_norm_for_any_batch
 from ilr_fast.engines.vllm_lora import lora_arguments
 from ilr_fast.engines.vllm_memory import filling, open_regions, tensors_of
 from ilr_fast.engines.vllm_process import (
@@ -56,6 +57,7 @@ class CoreOptions:
     cache_gib: float | None = None
     tokens_in_flight: int | None = None
     fast_start: bool = True
+    exact: bool = False
     seed: int = 0
     sleeps: bool = False
 
@@ -120,7 +122,9 @@ def open_core(model: Any, options: CoreOptions, where: str, device: torch.device
     model = model.get_base_model() if adapters else model
     context = _context(model, options, where)
     cache = _cache_bytes(model, options, context, device, where)
-    prepare_process(pieces=options.fast_start)
+    if options.exact:
+        check_exact(model, device, where)
+    prepare_process(pieces=options.fast_start and not options.exact, exact=options.exact)
     decoder = type(model.get_decoder())
     with process_kept_as_it_is(), class_kept_as_it_is(decoder), tempfile.TemporaryDirectory() as folder:
         from vllm.engine.arg_utils import EngineArgs
@@ -129,6 +133,8 @@ def open_core(model: Any, options: CoreOptions, where: str, device: torch.device
         from vllm.v1.executor import Executor
 
         _check_device(device, current_platform.device_type, where)
+        if options.exact:
+            one_norm_for_any_batch()
         _save_config(model, folder)
         arguments = _arguments(model, options, context, cache, device) | adapters
         regions = open_regions(device, where) if options.sleeps and device.type == "cuda" else {}
@@ -209,6 +215,8 @@ def _arguments(model: Any, options: CoreOptions, context: int, cache: int, devic
         "disable_log_stats": True,
         "seed": options.seed,
     }
+    if options.exact:
+        arguments["attention_backend"] = attention_backend(model)
     if options.fast_start and not eager:
         arguments["compilation_config"] = graphs(options.slots)
     return arguments

@@ -2,7 +2,8 @@
 
 vLLM's LM head rounds its logits to the weights' precision: in bfloat16 one between 16 and 32 by up to 1/16, which is
 most of what an engine's and a trainer's log-probs differ by. `float32_logits` lets the product give the float32 sums
-that it has anyway; sampled is then from them, and the log-probs are theirs.
+that it has anyway; sampled is then from them, and the log-probs are theirs. For an exact engine (`TrainersLogps`) the
+log-probs are computed once more by the trainer's own kernel, from the hidden states that the logits were of.
 
 What is left is the order of sums: a token decoded in a batch of others and the same token in a prompt have hidden
 states that differ in their last bits. `Noise` keeps some of the requests that were sampled and, asked for it, lets vLLM
@@ -20,9 +21,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from ilr_kernels.lm_head_autograd import choose_sweep
+from ilr_kernels.sweep import Head
 from torch import Tensor, nn
 
+from ilr_fast.attention import LMHead, lm_head_of
+from ilr_fast.engines.exact import ExactForward
 from ilr_fast.engines.vllm_core import Core
 from ilr_fast.engines.vllm_requests import Requests
 
@@ -62,12 +68,58 @@ class _Float32Logits:
 
     def __init__(self, vocabulary: int):
         self._vocabulary = vocabulary
+        self.hidden_ND: Tensor | None = None  # of the last call
 
     def __call__(self, hidden_ND: Tensor, lm_head: Any, bias_V: Tensor | None, *more: Any) -> Tensor:
+        self.hidden_ND = hidden_ND
         logits_NV = torch.mm(hidden_ND, lm_head.weight.t(), out_dtype=torch.float32)
         if bias_V is not None:
             logits_NV += bias_V
         return logits_NV[:, : self._vocabulary]
+
+
+class TrainersLogps:
+    """Stands for vLLM's sampler: the log-probs of what it samples are `linear_logprob`'s, as in training.
+
+    They come from the very hidden states that the logits were of, by a product of their own whose sums do not depend on
+    the batch. `head` is the trainer's LM head, on the engine's device in bfloat16.
+    """
+
+    def __init__(self, runner: Any, engine_model: nn.Module, head: LMHead):
+        (processor,) = processors(engine_model)
+        self._logits: _Float32Logits = processor._get_logits
+        self._sampler, self._head = runner.sampler, head
+        runner.sampler = self
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sampler, name)
+
+    def __call__(self, logits_NV: Tensor, input_batch: Any) -> Any:
+        """vLLM's output for a step's N requests, its log-probs replaced."""
+        output = self._sampler(logits_NV, input_batch)
+        if output.logprobs_tensors is not None:
+            hidden_ND, tokens_N = self._logits.hidden_ND, output.sampled_token_ids[:, 0].long()
+            assert hidden_ND is not None and len(hidden_ND) == len(tokens_N)
+            logp_N = output.logprobs_tensors.logprobs[:, 0]
+            temperatures_N = self._sampler.sampling_states.temperature.np[input_batch.idx_mapping_np]
+            for temperature in (found := np.unique(temperatures_N)):
+                rows: Any = slice(None)
+                if len(found) > 1:
+                    rows = torch.as_tensor(np.flatnonzero(temperatures_N == temperature), device=hidden_ND.device)
+                exactly = float(str(temperature))  # as it was before it became a float32
+                logp_N[rows] = self._logps(hidden_ND[rows], tokens_N[rows], exactly or 1.0)
+        return output
+
+    def _logps(self, hidden_ND: Tensor, target_N: Tensor, temperature: float) -> Tensor:
+        head = Head(self._head.weight, self._head.bias, temperature, self._head.softcap)
+        return choose_sweep(hidden_ND, head.weight_VD)(head, hidden_ND, target_N, None, None).logp_N
+
+
+def exact_forward(model: Any, core: Core, where: str) -> ExactForward:
+    """The trainer's forward pass by vLLM's kernels; from now on the engine's log-probs are the trainer's too."""
+    forward = ExactForward(model, core.model, where)
+    TrainersLogps(core.worker.model_runner, core.model, lm_head_of(model))
+    return forward
 
 
 class _Sampled(NamedTuple):

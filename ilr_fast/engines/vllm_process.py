@@ -20,12 +20,15 @@ from typing import Any
 import torch
 
 
-def prepare_process(*, pieces: bool = True) -> None:
+def prepare_process(*, pieces: bool = True, exact: bool = False) -> None:
     """What has to be set before vLLM is imported: its core in this process, few words, no report to its makers.
 
-    `pieces`: CUDA graphs that stop at attention (vllm_quick.graphs); the first engine of a process decides.
+    `pieces`: CUDA graphs that stop at attention (vllm_quick.graphs); the first engine of a process decides. `exact`:
+    its batch-invariant mode, which replaces operators of the whole process.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if exact:
+        os.environ["VLLM_BATCH_INVARIANT"] = "1"
     quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
     for name, value in (quiet | ({"VLLM_USE_BREAKABLE_CUDAGRAPH": "1"} if pieces else {})).items():
         os.environ.setdefault(name, value)

@@ -43,6 +43,7 @@ class LocalHost:
     def __init__(self, agent: Agent, engine: EmbeddedEngine | VllmEngine):
         self.agent, self.engine = agent, engine
         self.name, self.trains, self.max_context = agent.name, agent.trains, engine.max_context
+        self._updates = 0
         self._noise: float | None = None
         self._parked = Parked(lambda: self._on_device(self._changing()), lambda: self._on_device(self._frozen()))
 
@@ -57,8 +58,8 @@ class LocalHost:
             self.engine.forget()
         result = self.agent.update(sequences, step)
         self.engine.weights_changed()
-        due = self.agent.run.log.noise_every and (step - 1) % self.agent.run.log.noise_every == 0
-        noise, self._noise = self._noise if due else None, None
+        noise, self._noise = self._noise, None
+        self._updates += 1
         return replace(result, metrics={**result.metrics, "engine_noise": noise})
 
     def start_update(self, sequences: Sequence[TrainingSequence], step: int) -> Callable[[], StepResult]:
@@ -101,8 +102,10 @@ class LocalHost:
             torch.cuda.empty_cache()
 
     def _measure_noise(self) -> None:
-        """While the engine is awake, since it may sleep when the update asks for it."""
-        if isinstance(self.engine, VllmEngine) and self.engine.residence == "awake" and self.agent.run.log.noise_every:
+        """While the engine is awake, since it may sleep when the update asks for it; once for an update, where due."""
+        every = self.agent.run.log.noise_every
+        due = every is not None and self._updates % every == 0 and self._noise is None
+        if due and isinstance(self.engine, VllmEngine) and self.engine.residence == "awake":
             self._noise = self.engine.noise()
 
     def _changing(self) -> Iterator[Tensor]:
@@ -173,6 +176,7 @@ def _with_vllm(name: str, agent: AgentConfig, config: Config, chat: ChatFormat) 
         tokens_in_flight=agent.engine.tokens_in_flight,
         fast_start=agent.engine.fast_start,
         sleeps=agent.engine.rests != "never",
+        exact=agent.engine.exact,
         seed=config.seed,
     )
     engine = VllmEngine(
@@ -185,7 +189,7 @@ def _with_vllm(name: str, agent: AgentConfig, config: Config, chat: ChatFormat) 
         device=device_of(agent, where),
         where=where,
     )
-    return LocalHost(Agent(name, agent, config, chat.tokenizer, model), engine)
+    return LocalHost(Agent(name, agent, config, chat.tokenizer, model, engine.forward), engine)
 
 
 def _set_up_torch(config: Config) -> None:
