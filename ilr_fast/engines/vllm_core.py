@@ -23,7 +23,7 @@ from packaging.version import Version
 from torch import nn
 
 from ilr_fast.engines.regions import Region
-from ilr_fast.engines.vllm_exact import attention_backend, check_exact, one_norm_for_any_batch
+from ilr_fast.engines.vllm_exact import check_exact, exact_arguments
 from ilr_fast.engines.vllm_lora import lora_arguments
 from ilr_fast.engines.vllm_memory import filling, open_regions, tensors_of
 from ilr_fast.engines.vllm_process import (
@@ -133,10 +133,10 @@ def open_core(model: Any, options: CoreOptions, where: str, device: torch.device
         from vllm.v1.executor import Executor
 
         _check_device(device, current_platform.device_type, where)
-        if options.exact:
-            one_norm_for_any_batch()
         _save_config(model, folder)
         arguments = _arguments(model, options, context, cache, device) | adapters
+        if options.exact:
+            arguments |= exact_arguments(model)
         regions = open_regions(device, where) if options.sleeps and device.type == "cuda" else {}
         try:
             with models_inspected_here():
@@ -215,8 +215,6 @@ def _arguments(model: Any, options: CoreOptions, context: int, cache: int, devic
         "disable_log_stats": True,
         "seed": options.seed,
     }
-    if options.exact:
-        arguments["attention_backend"] = attention_backend(model)
     if options.fast_start and not eager:
         arguments["compilation_config"] = graphs(options.slots)
     return arguments

@@ -37,17 +37,18 @@ def check_exact(model: Any, device: torch.device, where: str) -> None:
         raise UserError("vLLM is in this process already, and not exact", place, "set `host: process`")
 
 
-def attention_backend(model: Any) -> str:
-    """vLLM's backend that gives a token the same bits decoded and in a prompt.
+def exact_arguments(model: Any) -> dict[str, Any]:
+    """Arguments of vLLM's engine for `model`; its norms are exact from then on.
 
     FlashAttention 3 tiles the keys of heads of 64 otherwise for one query than for many.
     """
+    _one_norm_for_any_batch()
     config = model.config.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return "FLASH_ATTN" if width == 128 else "TRITON_ATTN"
+    return {"attention_backend": "FLASH_ATTN" if width == 128 else "TRITON_ATTN"}
 
 
-def one_norm_for_any_batch() -> None:
+def _one_norm_for_any_batch() -> None:
     """The residual is added before vLLM's batch-invariant norm: its fused kernel sums otherwise below 256 tokens."""
     from vllm.model_executor.layers import layernorm
 
