@@ -6,6 +6,10 @@ the order of the layers, the pages of the attention and the gradients. Run by `m
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -85,6 +89,16 @@ def test_the_engines_log_probs_are_linear_logprobs(monkeypatch: pytest.MonkeyPat
     x_NV = 2 * torch.tanh(hidden_ND @ weight_VD.t() / 2) / torch.tensor([0.7, 1, 1, 0.7, 1])[:, None]
     wanted = x_NV.log_softmax(-1).gather(1, tokens_N[:, None])
     torch.testing.assert_close(output.logprobs_tensors.logprobs, wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU of compute capability 9.0")
+def test_no_token_differs_and_a_changed_parameter_is_seen(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ilr_benchmarks.exactness", str(tmp_path / "rows.json"), "1", "1"]
+    subprocess.run(command, check=True)
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["logp_diff_max"] for row in rows if row["error"] is not None] == [0, 0]
+    assert [row["logp_diff_max"] > 0 for row in rows if "changed" in row["variant"]] == [True]
 
 
 def test_what_is_not_known_to_be_exact_is_refused() -> None:

@@ -135,8 +135,7 @@ def open_core(model: Any, options: CoreOptions, where: str, device: torch.device
         _check_device(device, current_platform.device_type, where)
         _save_config(model, folder)
         arguments = _arguments(model, options, context, cache, device) | adapters
-        if options.exact:
-            arguments |= exact_arguments(model)
+        arguments |= exact_arguments(model) if options.exact else {}
         regions = open_regions(device, where) if options.sleeps and device.type == "cuda" else {}
         try:
             with models_inspected_here():
