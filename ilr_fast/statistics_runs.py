@@ -54,7 +54,8 @@ def accuracy_over_runs(runs: Mapping[int, Outcomes], *, crossed: bool, seed: int
     if len(values) == 1 or _is_constant(values):
         outcomes = next(runs[s] for s in sorted(runs) if runs[s])
         return mean, accuracy_interval(list(outcomes.values()), seed=seed)
-    return mean, bootstrap_runs(values, crossed=crossed, seed=seed)
+    low, high = bootstrap_runs(values, crossed=crossed, seed=seed)
+    return mean, (max(0.0, low), min(1.0, high))  # what widens the seeds' deviations knows no bounds
 
 
 def bootstrap_runs(

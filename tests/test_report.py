@@ -21,8 +21,10 @@ from ilr_fast.report import report
 from ilr_fast.report.arms import arms_of, differing_keys
 from ilr_fast.report.bundle import library
 from ilr_fast.report.compare import groups
+from ilr_fast.report.export import names
 from ilr_fast.report.runs import read_run, read_runs
 from ilr_fast.report.texts import duration, number
+from ilr_fast.report.vega import Figure
 
 
 class Page(HTMLParser):
@@ -322,9 +324,15 @@ def test_every_figure_is_valid_and_drawn_without_a_browser(tmp_path):
 def test_figures_for_a_paper(tmp_path, full):
     made([full], out=tmp_path / "page.html", figures=tmp_path / "figures")
     names = {path.name for path in (tmp_path / "figures").iterdir()}
-    assert {"reward-mean-over-turns.pdf", "reward-mean-over-turns.csv", "accuracy-on-test-alone.pdf"} <= names
-    assert (tmp_path / "figures" / "reward-mean-over-turns.pdf").read_bytes().startswith(b"%PDF")
-    header, first, *_ = (tmp_path / "figures" / "reward-mean-over-turns.csv").read_text().splitlines()
+    assert {"reward.pdf", "reward.csv", "accuracy-on-test.pdf"} <= names
+    assert (tmp_path / "figures" / "reward.pdf").read_bytes().startswith(b"%PDF")
+    header, first, *_ = (tmp_path / "figures" / "reward.csv").read_text().splitlines()
     row = json.loads((full / "metrics.jsonl").read_text().splitlines()[0])
     assert header == "series,step,value,raw"
     assert float(first.split(",")[2]) == pytest.approx(row["agents"]["smollm2"]["reward"], rel=1e-4)
+
+
+def test_names_of_figures_files_are_their_own():
+    titles = [("On a/b", "alone, 95%"), ("On a/b", "debate"), ("Reward", "x"), ("reward", ""), ("…", "")]
+    found = names([Figure(title, note, {}, {}) for title, note in titles])
+    assert found == ["on-a-b-alone", "on-a-b-debate", "reward", "reward-2", "figure"]

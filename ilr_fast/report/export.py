@@ -26,21 +26,27 @@ def export(figures: Sequence[Figure], folder: Path) -> list[Path]:
         raise UserError("figures are drawn by a package that is not installed", "--figures",
                         "pip install vl-convert-python") from None
     folder.mkdir(parents=True, exist_ok=True)
-    seen: Counter[str] = Counter()
     paths = []
-    for figure in figures:
-        name = slug(figure)
-        seen[name] += 1
-        path = folder / (f"{name}-{seen[name]}.pdf" if seen[name] > 1 else f"{name}.pdf")
+    for figure, name in zip(figures, names(figures), strict=True):
+        path = folder / f"{name}.pdf"
         path.write_bytes(vl_convert.vegalite_to_pdf({**figure.spec, "width": WIDTH, "config": _config(figure)}))
         _write_csv(figure, path.with_suffix(".csv"))
         paths.append(path)
     return paths
 
 
-def slug(figure: Figure) -> str:
-    """The title and what tells it from others of that title, as a file's name."""
-    return re.sub(r"[\W_]+", "-", f"{figure.title} {figure.note.partition(',')[0]}".lower()).strip("-")[:80] or "figure"
+def names(figures: Sequence[Figure]) -> list[str]:
+    """Each figure's title as a file's name; with its note, then a number, where others have the same title."""
+    titles = Counter(figure.title for figure in figures)
+    found: list[str] = []
+    for figure in figures:
+        text = figure.title if titles[figure.title] == 1 else f"{figure.title} {figure.note.partition(',')[0]}"
+        name = re.sub(r"[\W_]+", "-", text.lower()).strip("-")[:80] or "figure"
+        number = 2
+        while (unique := name if number == 2 and name not in found else f"{name}-{number}") in found:
+            number += 1
+        found.append(unique)
+    return found
 
 
 def _config(figure: Figure) -> dict:

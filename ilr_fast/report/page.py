@@ -70,7 +70,7 @@ def render_page(content: Content) -> tuple[str, list[Figure]]:
         "interaction": interaction_part(content, numbered),
         "calibration": calibration_part(content, numbered),
         "dialogues": dialogue_part(content),
-        "failures": [table for run in runs if (table := failures(run))],
+        "failures": [row for run in runs for row in failures(run)],
         "setup": {"differing": _plain(differing_table(arms)), "runs": [setup(run) for run in runs]},
     }
     scripts = [Markup(_file(name)) for name in SCRIPTS]

@@ -46,17 +46,17 @@ def differing_table(arms: Sequence[Arm]) -> Table | None:
     return Table("", ["key", *(arm.label for arm in arms)], rows) if rows and len(arms) > 1 else None
 
 
-def failures(run: Run) -> dict[str, Any] | None:
-    """Kinds of failures with their number and an example; None where there were none."""
+def failures(run: Run) -> list[dict[str, Any]]:
+    """Kinds of failures with their number and an example."""
     kinds = Counter(str(row.get("kind")) for row in run.failures)
     rows = []
     for kind, count in kinds.most_common():
         mine = [row for row in run.failures if str(row.get("kind")) == kind]
         last = mine[-1]
         where = f"question {last['question']}: " if last.get("question") else ""
-        rows.append({"kind": kind, "count": count, "steps": len({str(row.get("step")) for row in mine}),
+        rows.append({"run": run.name, "kind": kind, "count": count, "steps": len({str(r.get("step")) for r in mine}),
                      "example": f"step {last.get('step')}, {where}{last.get('error')}"[:400]})  # fmt: skip
-    return {"run": run.name, "rows": rows} if rows else None
+    return rows
 
 
 def setup(run: Run) -> dict[str, Any]:

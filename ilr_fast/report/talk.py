@@ -99,7 +99,7 @@ def _kept(content: Content) -> str:
     return (
         f"Kept to browse: of each kind and each tenth of a run the {content.quota} with the smallest hash of (step, "
         f"question, sample), the same at every report. There are {there}; each counts once, as the rarest kind that "
-        f"fits. Texts of more than {LONGEST:,} characters are cut in the middle. `ilr-fast show` prints every dialogue."
+        f"fits. Texts of more than {LONGEST:,} characters are cut in the middle. ilr-fast show prints every dialogue."
         + (" Read were " + "; ".join(unread) + "." if unread else "")
     )
 

@@ -52,8 +52,7 @@ def curves(title: str, note: str, axis: Axis, series: Sequence[Series], labels: 
         return None
     places = placed([x for s in found for column in s.columns for x, _ in column])
     rows = [{"series": s.label, "id": f"c{i}", **row} for i, s in enumerate(found) for row in s.rows(places)]
-    x = {"field": "x", "type": "quantitative", "title": "step", "axis": {"tickMinStep": 1, "grid": False},
-         "scale": {"nice": False}}  # fmt: skip
+    x = {"field": "x", "type": "quantitative", "title": "step", "axis": _steps(rows), "scale": {"nice": False}}
     y = _value(axis, rows)
     shown = list(dict.fromkeys(s.label for s in found))
     colour = _colour(shown, labels)
@@ -90,8 +89,7 @@ def stacked(title: str, note: str, axis: Axis, series: Sequence[Series]) -> Figu
                          "from": short(base[x]), "to": short(base[x] + height)})  # fmt: skip
             base[x] += height
     labels = [s.label for s in found]
-    place = {"type": "quantitative", "title": "step", "scale": {"nice": False, "zero": False},
-             "axis": {"tickMinStep": 1, "grid": False}}  # fmt: skip
+    place = {"type": "quantitative", "title": "step", "scale": {"nice": False, "zero": False}, "axis": _steps(rows)}
     encoding = {
         "x": {"field": "left", **place},
         "x2": {"field": "right"},
@@ -182,6 +180,12 @@ def _value(axis: Axis, rows: Sequence[Mapping[str, Any]]) -> Spec:
     elif axis.high is not None or axis.unit == "percent":
         scale = {"domain": [0, axis.high or min(1.0, max(0.1, high * 1.05))], "clamp": True}
     return {"field": "y", "type": "quantitative", "title": axis.title, "scale": scale, "axis": ticks}
+
+
+def _steps(rows: Sequence[Mapping[str, Any]]) -> Spec:
+    """The axis of steps, which are whole numbers: few are named one by one, as ticks could stand between them."""
+    steps = sorted({row["x"] for row in rows})
+    return {"grid": False, "tickMinStep": 1} | ({"values": steps} if len(steps) <= 6 else {})
 
 
 def log_ticks(low: float, high: float) -> list[float]:
