@@ -87,30 +87,33 @@ def logprob(x: Problem, keep_softmax: bool) -> Outputs:
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
-@torch.no_grad()
 def few_rows(x: Problem, rounds: int, device: str) -> list[dict[str, Any]]:
-    """Log-probs of the first rows, beside one product; on the host, a whole call from an idle GPU."""
-    exact = reference.linear_logprob(x.hidden_ND.double(), x.weight_VD.double(), x.target_N)
-    room = torch.empty(len(x.target_N), len(x.weight_VD), dtype=x.hidden_ND.dtype, device=device)
-    few = [n for n in FEW if n <= len(x.target_N)]
-    cases, works = [], {}
-    for n in few:
-        hidden_ND, target_N, truth_N = x.hidden_ND[:n], x.target_N[:n], exact[:n]
-
-        def product(hidden_ND: Tensor = hidden_ND, n: int = n) -> None:
-            torch.mm(hidden_ND, x.weight_VD.t(), out=room[:n])
-
-        def work(hidden_ND: Tensor = hidden_ND, target_N: Tensor = target_N) -> Tensor:
-            return linear_logprob(hidden_ND, x.weight_VD, target_N)  # type: ignore[return-value]
-
-        limit, name = f"limit: one product, N={n}", f"ours, linear_logprob alone, N={n}"
-        error = lambda found, truth_N=truth_N: relative_error(found, truth_N)  # noqa: E731
-        cases += [Case(limit, product), Case(name, work, error, limit=limit)]
-        works[name] = work
-    shape = f"N={few[0]} to {few[-1]} {name_of(x).partition(' ')[2]}"
-    rows = measure(cases, shape, rounds, device, queued=True)
+    """Log-probs and the loss of the first rows, beside their products; on the host, a whole call from an idle GPU."""
+    sizes = [n for n in FEW if n <= len(x.target_N)]
+    found, works = [], {}
+    for n in sizes:
+        y = x.first(n)
+        products, truth = Products(y), Truth(y, GRPO)
+        one, three = f"limit: one product, N={n}", f"limit: three products, N={n}"
+        alone, whole = f"ours, linear_logprob alone, N={n}", f"ours, loss alone, N={n}"
+        works[alone] = lambda y=y: logprob_alone(y)
+        works[whole] = lambda y=y: loss(y)
+        found += [
+            Case(one, products.one),
+            Case(alone, works[alone], truth.error(), limit=one),
+            Case(three, products.whole),
+            Case(whole, works[whole], truth.error(), limit=three),
+        ]
+    rows = measure(found, f"N={sizes[0]} to {sizes[-1]} {name_of(x).partition(' ')[2]}", rounds, device, queued=True)
     checked = {row["variant"]: row for row in rows}
     return rows + [host.whole_call_row(name, work, checked[name], device) for name, work in works.items()]
+
+
+@torch.no_grad()
+def logprob_alone(x: Problem) -> Outputs:
+    logp_N = linear_logprob(x.hidden_ND, x.weight_VD, x.target_N)
+    assert isinstance(logp_N, Tensor)
+    return {"logp": logp_N}
 
 
 def logits_cases(logits_TV: Tensor, target_T: Tensor) -> list[Case]:

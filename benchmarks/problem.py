@@ -59,6 +59,11 @@ class Problem:
         keep_N = torch.rand(len(self.target_N), device=self.target_N.device) < 0.5
         return replace(self, advantage_N=torch.where(keep_N, self.advantage_N, 0))
 
+    def first(self, rows: int) -> Problem:
+        """The first rows, as leaves of their own, and the same head."""
+        parts = {name: x[:rows] for name, x in vars(self).items() if name not in ("hidden_ND", "weight_VD")}
+        return replace(self, hidden_ND=self.hidden_ND.detach()[:rows].clone().requires_grad_(), **parts)
+
     def arguments(self) -> dict[str, Any]:
         return {
             "hidden_TD": self.hidden_ND,
