@@ -199,8 +199,8 @@ def _convert(value: Any, kind: Any, path: str, where: str) -> Any:
 
 
 def _convert_choice(value: Any, choices: Sequence[str], path: str, where: str) -> str:
-    if value is False and "none" in choices:
-        return "none"  # YAML reads a bare `off` or `no` as false
+    if isinstance(value, bool):  # YAML reads a bare `off` or `no` as false, `on` or `yes` as true
+        value = next((word for word in (("on",) if value else ("off", "none")) if word in choices), value)
     if value not in choices:
         raise UserError(f"{value!r} is not one of its values", f"{where}: {path}", nearest(str(value), choices))
     return value
