@@ -288,7 +288,8 @@ def _check_device(device: torch.device, platform: str, where: str) -> None:
 def _explained(error: Exception, model: Any, where: str) -> UserError:
     text = " ".join(str(error).split()).partition(" Supported architectures:")[0]  # a list of hundreds
     text = re.sub(r"^\d+ validation errors? for \w+ |Value error, | \[type=.*$", "", text)[:400]
-    if isinstance(error, torch.OutOfMemoryError) or "KV cache" in text or "kv cache" in text or "memory" in text:
+    lacking = "kv cache" in text.lower() or ("memory" in text and "illegal" not in text)
+    if isinstance(error, torch.OutOfMemoryError) or lacking:
         remedy = "lower engine.cache_gib, engine.slots or engine.max_context, or free memory"
         return UserError(f"vLLM does not get enough memory ({text})", f"{where}.engine", remedy)
     name = type(model).__name__
