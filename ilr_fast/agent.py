@@ -28,7 +28,7 @@ from transformers import AutoTokenizer
 from ilr_fast.attention import LMHead, lm_head_of, packed_forward
 from ilr_fast.batch import BatchRules, PackedBatch, PackedStep, pack_step, split_by_question
 from ilr_fast.config import AgentConfig, Config, LossConfig
-from ilr_fast.fused_layers import fuse
+from ilr_fast.fused_layers import fuse_layers
 from ilr_fast.gradients import GradientSinks
 from ilr_fast.loading import load_policy, load_reference, recompute_activations, restore_weights
 from ilr_fast.models import resolve_model
@@ -89,9 +89,8 @@ class Agent:
         self.model: Any = load_policy(config, where, run.seed) if model is None else model
         self.forward = forward or packed_forward
         self.device = self.model.device
-        fused = config.fused_layers == "on" or (config.fused_layers == "auto" and self.device.type == "cuda")
-        if fused and forward is None:
-            fuse(self.model)
+        if forward is None:
+            fuse_layers(self.model, config)
         self.trains = config.train != "none"
         self.policy_loss = policy_loss_of(run.loss)
         self.rules = BatchRules(

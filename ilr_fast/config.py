@@ -118,8 +118,10 @@ class AgentConfig:
     fused_layers: Literal["auto", "on", "off"] = key(
         "auto", "Fused norms, rotary embeddings, attention projections and MLPs; auto: where Triton runs them on a GPU."
     )
-    gradient_checkpointing: bool | Literal["auto"] = key(
-        False, "Recompute activations in the backward pass: less memory, more time; auto: where they don't fit."
+    gradient_checkpointing: bool | Literal["auto", "mlp"] = key(
+        False,
+        "Compute again in the backward pass, for less memory: whole layers, or the first half of MLPs (`mlp`, a fifth "
+        "more work); auto: where activations don't fit.",
     )
 
     @property

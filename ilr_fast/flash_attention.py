@@ -66,6 +66,11 @@ class TorchFlash:
         )  # fmt: skip
 
 
+def torch_kernel() -> RaggedKernel:
+    """What runs where nothing else is asked for."""
+    return TorchFlash()
+
+
 def _window(window: int | None) -> dict[str, int]:
     return {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
 
@@ -83,7 +88,7 @@ def flash_attention(
 
     A row sees its ancestors and itself, with a `window` those less than `window` positions back.
     """
-    return _Flash.apply(q_THD, k_TKD, v_TKD, segments, scale, window, kernel or TorchFlash())
+    return _Flash.apply(q_THD, k_TKD, v_TKD, segments, scale, window, kernel or torch_kernel())
 
 
 class _Flash(torch.autograd.Function):
@@ -103,7 +108,7 @@ class _Flash(torch.autograd.Function):
         dq, dk_NKD, dv_NKD = kernel.backward(
             gradient_THD, q_THD, k_NKD, v_NKD, out, lse, state, segments, scale, window
         )
-        return dq, segments.add_up(dk_NKD), segments.add_up(dv_NKD), None, None, None, None
+        return dq, *segments.add_up(dk_NKD, dv_NKD), None, None, None, None
 
 
 def usable(plan: TreePlan, x: Tensor, size: int, softcap: float | None, dropout: float) -> bool:

@@ -22,16 +22,41 @@ import torch
 import torch.nn.functional as F
 from ilr_kernels.gated import gated, gated_backward_
 from ilr_kernels.norm import rms_norm
-from ilr_kernels.rotary import rotary
+from ilr_kernels.rotary import rotary, rotated_split
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from ilr_fast.flash_attention import flash_attention, usable
+from ilr_fast.config import AgentConfig
+from ilr_fast.flash_attention import flash_attention, torch_kernel, usable
+from ilr_fast.fused_block import Block, Norm, Surroundings, block_forward
 from ilr_fast.products import add_products, is_plain, linear, move_together, whole_of
 from ilr_fast.tree_plan import TreePlan
 
+# Decoder layers of transformers whose forward is norm → attention, + residual, norm → MLP, + residual.
+BLOCKS = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3")
 # Attention modules of transformers whose forward is q, k, v → (norms) → rotation → attention → o.
 ATTENTION = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3", "SmolLM3")
 PROBE_ERROR = 1e-2
+
+
+def fused(config: AgentConfig, device: str) -> bool:
+    """Whether an agent's layers are fused on a device (its type)."""
+    return config.fused_layers == "on" or (config.fused_layers == "auto" and device == "cuda")
+
+
+def fuse_layers(model: Any, config: AgentConfig) -> None:
+    """What the config says of an agent's layers: fused or not, MLPs kept or computed again."""
+    again = config.gradient_checkpointing == "mlp" and config.train != "none"
+    if fused(config, model.device.type):
+        fuse(model, recompute_mlp=again)
+    if again:
+        for module in list(model.modules()):
+            if type(module).__name__.endswith("MLP") and not isinstance(module.forward, _Bound):
+                _replace(module, partial(_again, own=module.forward))
+
+
+def _again(module: nn.Module, x: Tensor, *, own: Callable) -> Any:
+    return checkpoint(own, x, use_reentrant=False) if torch.is_grad_enabled() else own(x)
 
 
 def fuse(model: nn.Module, *, recompute_mlp: bool = False) -> None:
@@ -40,12 +65,14 @@ def fuse(model: nn.Module, *, recompute_mlp: bool = False) -> None:
     Weights with the same input are given one place in memory, unless an engine holds them. `recompute_mlp`: gate and up
     are computed again in the backward pass instead of kept.
     """
-    norms: dict[tuple, tuple[bool, bool] | None] = {}
+    norms: dict[type, tuple[bool, bool] | None] = {}
     modules: list[Any] = list(model.modules())
     for module in modules:
         kind = type(module).__name__
         if kind.endswith("RMSNorm") and getattr(module, "weight", None) is not None:
-            found = norms.setdefault((type(module), _eps(module)), _norm_kind(module))
+            if type(module) not in norms:
+                norms[type(module)] = _norm_kind(module)
+            found = norms[type(module)]
             if found is not None:
                 _replace(module, partial(_norm, eps=_eps(module), one_plus=found[0], rounds_first=found[1]))
         elif kind.removesuffix("Attention") in ATTENTION and kind.endswith("Attention"):
@@ -56,6 +83,10 @@ def fuse(model: nn.Module, *, recompute_mlp: bool = False) -> None:
             if is_plain(module.gate_proj, module.up_proj):
                 move_together([module.gate_proj, module.up_proj])
             _replace(module, partial(_mlp, activation=activation, recompute=recompute_mlp))
+    for module in modules:
+        kind = type(module).__name__
+        if kind.removesuffix("DecoderLayer") in BLOCKS and kind.endswith("DecoderLayer"):
+            _replace(module, partial(_layer, own=module.forward))
 
 
 def _replace(module: Any, forward: Callable) -> None:
@@ -126,18 +157,16 @@ class _MLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, activation, recompute, gate, up, down):  # type: ignore[no-untyped-def]
         both = F.linear(x, whole_of((gate, up)))
-        ctx.save_for_backward(x)
-        ctx.both = None if recompute else both
+        ctx.save_for_backward(x, None if recompute else both)
         ctx.rest = activation, gate, up, down
         return F.linear(gated(*both.chunk(2, -1), activation), down)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        (x,), (activation, gate, up, down) = ctx.saved_tensors, ctx.rest
+        (x, both), (activation, gate, up, down) = ctx.saved_tensors, ctx.rest
         whole = whole_of((gate, up))
-        both = F.linear(x, whole) if ctx.both is None else ctx.both
-        ctx.both = None
+        both = F.linear(x, whole) if both is None else both
         out = dy @ down
         gated_backward_(*both.chunk(2, -1), out, activation)
         add_products((down,), dy, out)
@@ -163,6 +192,59 @@ class _Gated(torch.autograd.Function):
         return gate, up, None
 
 
+def _layer(
+    module: Any, hidden_states: Tensor, *arguments: Any, own: Callable, position_embeddings: Any = None, **named: Any
+) -> Tensor:
+    """A layer as one step where it can be; else module by module."""
+    plan, attention = named.get("ilr_plan"), module.self_attn
+    checkpointed = getattr(module, "gradient_checkpointing", False) and module.training
+    x_TD = hidden_states[0]
+    if checkpointed or not isinstance(plan, TreePlan) or not usable(plan, x_TD, attention.head_dim, None, 0.0):
+        return own(hidden_states, *arguments, position_embeddings=position_embeddings, **named)
+    block = _block_of(module)
+    if block is None:
+        return own(hidden_states, *arguments, position_embeddings=position_embeddings, **named)
+    cos, sin = position_embeddings
+    segments = plan.segments(x_TD.device)
+    around = Surroundings(cos[0], sin[0], segments, torch_kernel(), plan.longest())
+    return block_forward(x_TD, block, around)[None]
+
+
+def _block_of(module: Any) -> Block | None:
+    """The layer's parameters as they are now; None where an adapter, a bias or an unknown part is among them."""
+    attention, mlp = module.self_attn, module.mlp
+    layers = [getattr(attention, f"{n}_proj") for n in "qkvo"] + [
+        getattr(mlp, f"{n}_proj", None) for n in ("gate", "up", "down")
+    ]
+    first, second = _norm_of(module.input_layernorm), _norm_of(module.post_attention_layernorm)
+    query_norm, key_norm = (_norm_of(getattr(attention, name, None)) for name in ("q_norm", "k_norm"))
+    activation = _bound(mlp, _mlp)
+    if not is_plain(*layers) or attention.o_proj.bias is not None or first is None or second is None:
+        return None
+    if activation is None or (query_norm is None) != (getattr(attention, "q_norm", None) is None):
+        return None
+    q, k, v, output, gate, up, down = layers
+    return Block(
+        first, second, (q.weight, k.weight, v.weight), (q.bias, k.bias, v.bias), output.weight,
+        (gate.weight, up.weight), down.weight, query_norm, key_norm, getattr(attention, "use_rope", True),
+        activation["activation"], attention.head_dim, attention.scaling, _window_of(attention),
+        activation["recompute"],
+    )  # fmt: skip
+
+
+def _norm_of(module: Any) -> Norm | None:
+    options = _bound(module, _norm)
+    return None if options is None else Norm(module.weight, **options)
+
+
+def _bound(module: Any, forward: Callable) -> dict[str, Any] | None:
+    """The options that a module was given for one of the forwards here."""
+    found = None if module is None else vars(module).get("forward")
+    if not isinstance(found, _Bound) or not isinstance(found.forward, partial) or found.forward.func is not forward:
+        return None
+    return found.forward.keywords
+
+
 def _attention(
     module: Any,
     hidden_states: Tensor,
@@ -177,36 +259,41 @@ def _attention(
     x_TD, size = hidden_states[0], module.head_dim
     if not isinstance(plan, TreePlan) or not usable(plan, x_TD, size, softcap, module.attention_dropout):
         return own(hidden_states, position_embeddings, attention_mask, *rest, **named)
-    q_THD, k_TKD, v_TKD = _query_key_value(module, x_TD, size)
-    if getattr(module, "q_norm", None) is not None:
-        q_THD, k_TKD = module.q_norm(q_THD), module.k_norm(k_TKD)
-    if getattr(module, "use_rope", True):
-        cos, sin = position_embeddings
-        q_THD, k_TKD = rotary(q_THD, k_TKD, cos[0], sin[0])
+    q_THD, k_TKD, v_TKD = _query_key_value(module, x_TD, position_embeddings)
     window = plan.window(_window_of(module))
     out_THD = flash_attention(q_THD, k_TKD, v_TKD, plan.segments(x_TD.device), module.scaling, window)
     out_TD = out_THD.flatten(1)
     return (linear(out_TD, [module.o_proj]) if is_plain(module.o_proj) else module.o_proj(out_TD))[None], None
 
 
-def _query_key_value(module: Any, x_TD: Tensor, size: int) -> tuple[Tensor, ...]:
-    layers = [module.q_proj, module.k_proj, module.v_proj]
-    if not is_plain(*layers):
-        return tuple(layer(x_TD).unflatten(-1, (-1, size)) for layer in layers)
-    widths = [layer.out_features for layer in layers]
-    return tuple(part.unflatten(-1, (-1, size)) for part in _Split.apply(linear(x_TD, layers), widths))
+def _query_key_value(module: Any, x_TD: Tensor, rotation: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """[T, heads, D] each, normed and rotated as the module does it."""
+    layers, size = [module.q_proj, module.k_proj, module.v_proj], module.head_dim
+    cos_TD, sin_TD = (x[0] for x in rotation)
+    normed, rotated = getattr(module, "q_norm", None) is not None, getattr(module, "use_rope", True)
+    if is_plain(*layers):
+        heads, key_heads, _ = (layer.out_features // size for layer in layers)
+        both = linear(x_TD, layers)
+        if rotated and not normed:
+            return rotated_split(both, cos_TD, sin_TD, heads=heads, key_heads=key_heads)
+        q, k, v = _Split.apply(both.unflatten(1, (-1, size)), [heads, key_heads, key_heads])
+    else:
+        q, k, v = (layer(x_TD).unflatten(-1, (-1, size)) for layer in layers)
+    if normed:
+        q, k = module.q_norm(q), module.k_norm(k)
+    return (*(rotary(q, k, cos_TD, sin_TD) if rotated else (q, k)), v)
 
 
 class _Split(torch.autograd.Function):
-    """Columns; the gradient is put together in one copy."""
+    """Parts of dimension 1; the gradient is put together in one copy."""
 
     @staticmethod
-    def forward(ctx, x, widths):  # type: ignore[no-untyped-def]
-        return tuple(x.split(widths, dim=-1))
+    def forward(ctx, x, sizes):  # type: ignore[no-untyped-def]
+        return tuple(x.split(sizes, dim=1))
 
     @staticmethod
     def backward(ctx, *gradients):  # type: ignore[no-untyped-def]
-        return torch.cat(gradients, dim=-1), None
+        return torch.cat(gradients, dim=1), None
 
 
 def _window_of(module: Any) -> int | None:

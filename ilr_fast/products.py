@@ -103,5 +103,15 @@ def add_sums(biases: Sequence[Any], dy_TN: Tensor) -> None:
     """Adds the sums of dy's columns to the `.grad` of biases."""
     if biases[0] is None or not any(b.requires_grad for b in biases):
         return
-    for bias, part in zip(biases, dy_TN.sum(0).split([len(b) for b in biases]), strict=True):
-        bias.grad = part if bias.grad is None else bias.grad.add_(part)
+    sums = dy_TN.sum(0)
+    whole = None if biases[0].grad is None else joined([b.grad for b in biases])
+    if whole is not None:
+        whole.add_(sums)
+        return
+    for bias, part in zip(biases, sums.split([len(b) for b in biases]), strict=True):
+        add_gradient(bias, part)
+
+
+def add_gradient(parameter: Any, gradient: Tensor) -> None:
+    """Adds to `.grad`, or makes it."""
+    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from ilr_kernels.row_sums import add_rows
 from torch import Tensor
 
 KeyRun = tuple[int, int, np.ndarray]  # query rows start:end, and the rows of their keys, oldest first
@@ -29,27 +30,22 @@ class Segments:
     longest_q: int
     longest_k: int
     rows_N: Tensor | None  # int64: the row of every key
-    place_T: Tensor | None  # int64: one of each row's places in N
-    stem_rows: Tensor | None  # int64: rows with several places
-    stem_places: Tensor | None  # int64: all of these places, row by row
-    stem_starts: Tensor | None  # int64: where a row's places begin, and their number
+    starts_T: Tensor | None  # int32 [T + 1]: where a row's places in N begin in `places_N`
+    places_N: Tensor | None  # int32: the places of all rows, row by row
 
     def gather(self, x_TKD: Tensor) -> Tensor:
         """Rows for the kernel [N, K, D]."""
         return x_TKD if self.rows_N is None else x_TKD.index_select(0, self.rows_N)
 
-    def add_up(self, x_NKD: Tensor) -> Tensor:
-        """The sum over each row's places [T, K, D]: the gradient of `gather`, in a fixed order."""
-        if self.place_T is None:
-            return x_NKD
-        assert self.stem_rows is not None and self.stem_places is not None and self.stem_starts is not None
-        x_TKD = x_NKD.index_select(0, self.place_T)
-        if len(self.stem_rows):
-            wide = x_NKD.index_select(0, self.stem_places).flatten(1)
-            wide = wide if wide.dtype == torch.float64 else wide.float()
-            sums = torch.segment_reduce(wide, "sum", offsets=self.stem_starts, axis=0)
-            x_TKD.index_copy_(0, self.stem_rows, sums.to(x_NKD.dtype).unflatten(1, x_NKD.shape[1:]))
-        return x_TKD
+    def add_up(self, k_NKD: Tensor, v_NKD: Tensor) -> tuple[Tensor, Tensor]:
+        """The sums over each row's places [T, K, D]: the gradient of `gather` of keys and of values."""
+        if self.starts_T is None or self.places_N is None:
+            return k_NKD, v_NKD
+        rows = len(self.starts_T) - 1
+        k_TKD, v_TKD = (x.new_empty(rows, *x.shape[1:]) for x in (k_NKD, v_NKD))
+        k_NW, v_NW, k_TW, v_TW = (x.flatten(1) for x in (k_NKD.contiguous(), v_NKD.contiguous(), k_TKD, v_TKD))
+        add_rows(k_NW, v_NW, self.starts_T, self.places_N, k_TW, v_TW)
+        return k_TKD, v_TKD
 
 
 def make_segments(runs: list[KeyRun], tokens: int, device: torch.device) -> Segments:
@@ -63,15 +59,9 @@ def make_segments(runs: list[KeyRun], tokens: int, device: torch.device) -> Segm
 
     on_q, on_k = on_device(starts_q, torch.int32), on_device(starts_k, torch.int32)
     if starts_k[-1] == tokens:
-        return Segments(on_q, on_k, longest_q, longest_k, None, None, None, None, None)
+        return Segments(on_q, on_k, longest_q, longest_k, None, None, None)
     rows_N = np.concatenate([rows for _, _, rows in runs])
     by_row = np.argsort(rows_N, kind="stable")
-    counts_T = np.bincount(rows_N, minlength=tokens)
-    first_T = np.cumsum(counts_T) - counts_T
-    stems = np.flatnonzero(counts_T > 1)
-    places = by_row[counts_T[rows_N[by_row]] > 1]
-    stem_starts = np.append(0, np.cumsum(counts_T[stems]))
-    return Segments(
-        on_q, on_k, longest_q, longest_k, on_device(rows_N), on_device(by_row[first_T]), on_device(stems),
-        on_device(places), on_device(stem_starts),
-    )  # fmt: skip
+    starts_T = np.append(0, np.cumsum(np.bincount(rows_N, minlength=tokens)))
+    on_T, on_N = on_device(starts_T, torch.int32), on_device(by_row, torch.int32)
+    return Segments(on_q, on_k, longest_q, longest_k, on_device(rows_N), on_T, on_N)

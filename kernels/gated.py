@@ -22,13 +22,13 @@ def gated(gate_TF: Tensor, up_TF: Tensor, activation: str) -> Tensor:
         wide = torch.promote_types(gate_TF.dtype, torch.float32)
         return (_activation(gate_TF.to(wide), activation) * up_TF.to(wide)).to(gate_TF.dtype)
     from ilr_kernels.gated_kernel import gated_forward_kernel
+    from ilr_kernels.launch import launch
 
     rows, size = gate_TF.shape
     out = torch.empty(rows, size, dtype=gate_TF.dtype, device=gate_TF.device)
+    arguments = (gate_TF, up_TF, out, size, gate_TF.stride(0), size)
     with on_device(out):
-        gated_forward_kernel[(rows, -(-size // BLOCK))](
-            gate_TF, up_TF, out, size, gate_TF.stride(0), size, activation, BLOCK, num_warps=4
-        )
+        launch(gated_forward_kernel, (rows, -(-size // BLOCK)), arguments, (activation, BLOCK), num_warps=4)
     return out
 
 
@@ -48,12 +48,12 @@ def gated_backward_(gate_TF: Tensor, up_TF: Tensor, dout_TF: Tensor, activation:
             target.copy_(value)
         return
     from ilr_kernels.gated_kernel import gated_backward_kernel
+    from ilr_kernels.launch import launch
 
     rows, size = gate_TF.shape
+    arguments = (gate_TF, up_TF, dout_TF, size, gate_TF.stride(0), dout_TF.stride(0))
     with on_device(gate_TF):
-        gated_backward_kernel[(rows, -(-size // BLOCK))](
-            gate_TF, up_TF, dout_TF, size, gate_TF.stride(0), dout_TF.stride(0), activation, BLOCK, num_warps=4
-        )
+        launch(gated_backward_kernel, (rows, -(-size // BLOCK)), arguments, (activation, BLOCK), num_warps=4)
 
 
 def _activation(x: Tensor, activation: str) -> Tensor:

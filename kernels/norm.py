@@ -9,6 +9,8 @@ With `rounds_first` the quotient is rounded to x's dtype before the product with
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from ilr_kernels.backend import on_device, uses_triton
 from torch import Tensor
@@ -28,65 +30,78 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, one_plus: bool = False,
     return _RMSNorm.apply(x, weight_D, eps, one_plus, rounds_first)
 
 
+class Gradient(NamedTuple):
+    """What a backward pass gives: dx, dw in the weight's dtype (None where not asked for), and y made again."""
+
+    dx: Tensor
+    dw: Tensor | None
+    y: Tensor | None
+
+
+def norm_forward(x: Tensor, weight_D: Tensor, eps: float, one_plus: bool, rounds_first: bool) -> Tensor:
+    """`rms_norm` without a gradient."""
+    if not uses_triton(x):
+        return _output(x, *_parts(x, weight_D, eps, one_plus), rounds_first)
+    from ilr_kernels.launch import launch
+    from ilr_kernels.norm_kernel import norm_forward_kernel
+
+    x, rows, heads, stride = _rows(x)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    block_r, block_d = _blocks(x.shape[-1])
+    constants = x.shape[-1], one_plus, rounds_first, block_r, block_d
+    arguments = (x, weight_D, y, rows, heads, stride, eps)
+    with on_device(x):
+        launch(norm_forward_kernel, (-(-rows // block_r),), arguments, constants, num_warps=_warps(block_d))
+    return y
+
+
+def norm_backward(
+    x: Tensor, weight_D: Tensor, dy: Tensor, eps: float, one_plus: bool, rounds_first: bool, *,
+    weight_gradient: bool = True, add: Tensor | None = None, output: bool = False,
+) -> Gradient:  # fmt: skip
+    """Gradients from x alone; `add` (contiguous, like x) is added to dx, `output` makes y again in the same pass."""
+    if not uses_triton(x):
+        n, r, w = _parts(x, weight_D, eps, one_plus)
+        slope = dy.to(n.dtype) * w
+        dx = r * (slope - n * (slope * n).mean(-1, keepdim=True))
+        dw = (dy.to(n.dtype) * n).flatten(0, -2).sum(0).to(weight_D.dtype) if weight_gradient else None
+        dx = dx if add is None else dx + add
+        return Gradient(dx.to(x.dtype), dw, _output(x, n, r, w, rounds_first) if output else None)
+    from ilr_kernels.launch import launch
+    from ilr_kernels.norm_kernel import norm_backward_kernel
+
+    x, rows, heads, stride = _rows(x)
+    dy, size = dy.contiguous(), x.shape[-1]
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty_like(dx) if output else None
+    block_r, block_d = _blocks(size)
+    blocks = -(-rows // (block_r * PROGRAMS))
+    programs = -(-rows // (block_r * blocks))
+    dw = x.new_empty(programs, size, dtype=torch.float32) if weight_gradient else None
+    arguments = (x, weight_D, dy, dx, dw, add, y, rows, blocks, heads, stride, eps)
+    constants = size, one_plus, rounds_first, block_r, block_d
+    with on_device(x):
+        launch(norm_backward_kernel, (programs,), arguments, constants, num_warps=_warps(block_d))
+    return Gradient(dx, None if dw is None else dw.sum(0).to(weight_D.dtype), y)
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, one_plus, rounds_first):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, weight)
-        ctx.options = eps, one_plus
-        if not uses_triton(x):
-            n, _, w = _parts(x, weight, eps, one_plus)
-            return ((n.to(x.dtype).to(n.dtype) if rounds_first else n) * w).to(x.dtype)
-        from ilr_kernels.norm_kernel import norm_forward_kernel
-
-        x, rows, heads, stride = _rows(x)
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        block_r, block_d = _blocks(x.shape[-1])
-        with on_device(x):
-            norm_forward_kernel[(-(-rows // block_r),)](
-                x, weight, y, rows, heads, stride, eps, x.shape[-1], one_plus, rounds_first, block_r, block_d,
-                num_warps=_warps(block_d),
-            )  # fmt: skip
-        return y
+        ctx.options = eps, one_plus, rounds_first
+        return norm_forward(x, weight, eps, one_plus, rounds_first)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         x, weight = ctx.saved_tensors
-        eps, one_plus = ctx.options
-        if not uses_triton(x):
-            n, r, w = _parts(x, weight, eps, one_plus)
-            slope = dy.to(n.dtype) * w
-            dx = r * (slope - n * (slope * n).mean(-1, keepdim=True))
-            dw = (dy.to(n.dtype) * n).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
-            return dx.to(x.dtype), dw, None, None, None
-        from ilr_kernels.norm_kernel import norm_backward_kernel
+        found = norm_backward(x, weight, dy, *ctx.options, weight_gradient=ctx.needs_input_grad[1])
+        return found.dx, found.dw, None, None, None
 
-        x, rows, heads, stride = _rows(x)
-        dy, size = dy.contiguous(), x.shape[-1]
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        block_r, block_d = _blocks(size)
-        blocks = -(-rows // (block_r * PROGRAMS))
-        programs = -(-rows // (block_r * blocks))
-        dw = x.new_empty(programs, size, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        with on_device(x):
-            norm_backward_kernel[(programs,)](
-                x,
-                weight,
-                dy,
-                dx,
-                dw,
-                rows,
-                blocks,
-                heads,
-                stride,
-                eps,
-                size,
-                one_plus,
-                block_r,
-                block_d,
-                num_warps=_warps(block_d),
-            )
-        return dx, None if dw is None else dw.sum(0).to(weight.dtype), None, None, None
+
+def _output(x: Tensor, n: Tensor, r: Tensor, w: Tensor, rounds_first: bool) -> Tensor:
+    return ((n.to(x.dtype).to(n.dtype) if rounds_first else n) * w).to(x.dtype)
 
 
 def _parts(x: Tensor, weight: Tensor, eps: float, one_plus: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -49,6 +49,8 @@ def norm_backward_kernel(
     p_dy,  # [rows, SIZE], contiguous
     p_dx,  # [rows, SIZE], contiguous
     p_dw,  # [programs, SIZE] float32, or None
+    p_add,  # [rows, SIZE]: added to dx; or None
+    p_y,  # [rows, SIZE]: the forward pass's output, made again; or None
     rows,
     blocks,  # of rows, for each program
     heads,
@@ -56,6 +58,7 @@ def norm_backward_kernel(
     eps,
     SIZE: tl.constexpr,
     ONE_PLUS: tl.constexpr,
+    ROUND: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -75,6 +78,11 @@ def norm_backward_kernel(
         b_slope = b_dy * b_w
         b_mean = tl.sum(b_slope * b_n, 1, keep_dims=True) / SIZE
         b_dx = b_r * (b_slope - b_n * b_mean)
+        if p_add is not None:
+            b_dx += tl.load(p_add + o_y, mask=m, other=0.0).to(tl.float32)
+        if p_y is not None:
+            b_rounded = b_n.to(p_y.dtype.element_ty).to(tl.float32) if ROUND else b_n
+            tl.store(p_y + o_y, (b_rounded * b_w).to(p_y.dtype.element_ty), mask=m)
         tl.store(p_dx + o_y, b_dx.to(p_dx.dtype.element_ty), mask=m)
         b_dw += tl.sum(b_dy * b_n, 0)
     if p_dw is not None:

@@ -10,13 +10,15 @@ def rotary_kernel(
     p_k,  # [T, K, SIZE]
     p_cos,  # [T, SIZE]
     p_sin,
-    p_q_out,  # [T, H, SIZE], contiguous
+    p_q_out,  # [T, H, SIZE], heads contiguous; may be what is read
     p_k_out,
     tokens,
     heads,
     key_heads,
     q_stride,
     k_stride,
+    q_out_stride,
+    k_out_stride,
     SIZE: tl.constexpr,
     HALF: tl.constexpr,  # SIZE / 2
     BACKWARD: tl.constexpr,
@@ -48,8 +50,8 @@ def rotary_kernel(
     else:
         b_y1 = b_x1 * b_c1 - b_x2 * b_s1
         b_y2 = b_x2 * b_c2 + b_x1 * b_s2
-    o_q = (t * heads + o_h)[:, None] * SIZE + o_d[None, :]
-    o_k = (t * key_heads + o_h - heads)[:, None] * SIZE + o_d[None, :]
+    o_q = t * q_out_stride + o_h[:, None] * SIZE + o_d[None, :]
+    o_k = t * k_out_stride + (o_h - heads)[:, None] * SIZE + o_d[None, :]
     out = p_q_out.dtype.element_ty
     tl.store(p_q_out + o_q, b_y1.to(out), mask=m_q)
     tl.store(p_q_out + o_q + HALF, b_y2.to(out), mask=m_q)

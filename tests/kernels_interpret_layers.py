@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-from test_kernels_layers import SIZES, check_gated, check_norm, check_rotary
+from test_kernels_layers import SIZES, check_gated, check_norm, check_norm_backward, check_rotary, check_row_sums
 
 if __name__ == "__main__":
     assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1"
@@ -18,4 +18,6 @@ if __name__ == "__main__":
         check_gated("cpu", activation)
     for size in (8, 24, 64):
         check_rotary("cpu", size)
+    check_row_sums("cpu")
+    check_norm_backward("cpu")
     print("all agree")

@@ -65,7 +65,8 @@ def test_stems_are_gathered_once_a_node() -> None:
     assert segments.starts_k.tolist() == [0, 4, 10, 15, 22, 25]
     assert segments.rows_N.tolist()[4:10] == [0, 1, 2, 3, 4, 5]
     ones = torch.ones(plan.gathered, 1, 1)
-    assert segments.add_up(ones).flatten().tolist() == [4.0] * 4 + [1.0] * 9
+    once, twice = segments.add_up(ones, 2 * ones)
+    assert once.flatten().tolist() == [4.0] * 4 + [1.0] * 9 and torch.equal(twice, 2 * once)
     alone = tree_plan([(0, [3]), (0, [2])]).segments(torch.device("cpu"))
     assert alone.rows_N is None and alone.starts_k.tolist() == [0, 3, 5]
 

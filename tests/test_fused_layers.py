@@ -14,6 +14,7 @@ from ragged_softmax import RaggedSoftmax
 from vllm_models import FAMILIES
 
 from ilr_fast import flash_attention, fused_layers
+from ilr_fast.attention import PackedSequences, pack_sequences, packed_forward
 from ilr_fast.fused_layers import fuse
 from ilr_fast.products import joined
 
@@ -27,13 +28,54 @@ def flash_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("budget", [8192, 300])
-def test_gradients_of_every_family(family: str, budget: int, flash_written_out: None) -> None:
+def test_gradients_of_every_family(
+    family: str, budget: int, flash_written_out: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, sequences = small(family), rollout(prompt=30, longest=40)
-    truth = plain_gradients(model, sequences, "cpu", torch.float32)
+    truth, layers = plain_gradients(model, sequences, "cpu", torch.float32), []
+    real = fused_layers.block_forward
+    monkeypatch.setattr(fused_layers, "block_forward", lambda *a: (layers.append(1), real(*a))[1])
     ours = gradients(agent_of(model, "cpu", fused_layers="on", micro_batch_tokens=budget), sequences)
     assert ours.keys() == truth.keys()
     worst = {n: distance(ours[n], truth[n]) for n in truth}
     assert max(worst.values()) < 2e-5, worst
+    assert bool(layers) != family.startswith("gemma")
+
+
+@pytest.mark.parametrize("how", ["on", "off"])
+@pytest.mark.parametrize("again", ["mlp", True])
+def test_what_is_computed_again_changes_nothing(how: str, again: str | bool, flash_written_out: None) -> None:
+    model, sequences = small("gemma3"), rollout(prompt=30, longest=40)
+    kept, other = (agent_of(model, "cpu", fused_layers=how, gradient_checkpointing=a) for a in (False, again))
+    ours, truth = gradients(other, sequences), gradients(kept, sequences)
+    assert max(distance(ours[n], truth[n]) for n in truth) < 1e-6
+
+
+@pytest.mark.parametrize("how", ["on", "off"])
+def test_less_is_kept_where_mlps_are_computed_again(how: str, flash_written_out: None) -> None:
+    model, saved = small("llama", intermediate_size=1024), {}
+    ids = pack_sequences([list(range(40))])
+    for again in (False, "mlp", True):
+        agent = agent_of(model, "cpu", fused_layers=how, gradient_checkpointing=again)
+        saved[again] = kept_bytes(agent.model.train(), ids)
+    assert saved[True] < saved["mlp"] < saved[False] / 2, saved
+
+
+def kept_bytes(model: torch.nn.Module, packed: PackedSequences) -> int:
+    """What is kept from forward to backward, each storage once, the model's own left out."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    found: dict[int, int] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        hidden = packed_forward(model, packed.tokens_T, packed.positions_T, packed.plan)
+    assert hidden.requires_grad
+    return sum(found.values())
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma3"])
@@ -54,7 +96,8 @@ def test_every_module_is_fused_where_it_is_known() -> None:
         model = small(family)
         fuse(model)
         fused = {type(m).__name__ for m in model.modules() if isinstance(vars(m).get("forward"), fused_layers._Bound)}
-        assert len(fused) == 3, (family, fused)  # norms, attention, MLP
+        whole = 0 if family.startswith("gemma") else 1  # norms inside the residual path
+        assert len(fused) == 3 + whole, (family, fused)  # norms, attention, MLP
         layer = model.model.layers[0]
         attention, mlp = layer.self_attn, layer.mlp
         assert joined([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]) is not None

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from ilr_kernels.gated import gated, gated_backward_
-from ilr_kernels.norm import rms_norm
-from ilr_kernels.rotary import rotary
+from ilr_kernels.norm import norm_backward, norm_forward, rms_norm
+from ilr_kernels.rotary import rotary, rotated_split
+from ilr_kernels.row_sums import add_rows
 from torch import Tensor
 
 BOTH = ["cpu", pytest.param("cuda", marks=[
@@ -88,10 +89,49 @@ def check_rotary(device: str, size: int) -> None:
         for which in (dtype, torch.float64):
             x = both.detach().to(which, copy=True).requires_grad_()
             q, k = rotary(x[:, :3], x[:, 3:4], cos.to(which), sin.to(which))
-            torch.autograd.backward((q, k), (dq.to(which), dk.to(which)))
+            torch.autograd.backward((q, k, x[:, 4:]), (dq.to(which), dk.to(which), dk.to(which)))
             results.append((q, k, x.grad))
+        x = both.detach().clone().requires_grad_()
+        q, k, v = rotated_split((x + 0).flatten(1), cos, sin, heads=3, key_heads=1)
+        torch.autograd.backward((q, k, v), (dq, dk, dk))
+        results[0] = (q, k, x.grad)  # as good as copies
         for found, exact in zip(*results, strict=True):
             near(found, exact.cpu(), dtype, 2)
+        results[0] = (*rotary(both[:, :3], both[:, 3:4], cos, sin), x.grad)
+        for found, exact in zip(*results, strict=True):
+            near(found, exact.cpu(), dtype, 2)
+
+
+@pytest.mark.parametrize("device", BOTH)
+def test_row_sums(device: str) -> None:
+    check_row_sums(device)
+
+
+def check_row_sums(device: str) -> None:
+    rows_N = torch.tensor([0, 1, 2, 0, 1, 3, 0, 4])
+    places_N, starts_T = rows_N.argsort(stable=True).int(), torch.tensor([0, 3, 5, 6, 7, 8]).int()
+    for dtype in DTYPES:
+        one, two = (normal(8, 48, dtype=dtype, device=device, seed=i) for i in (0, 1))
+        outs = one.new_empty(5, 48), torch.full((5, 96), float("nan"), dtype=dtype, device=device)[:, :48]
+        add_rows(one, two, starts_T.to(device), places_N.to(device), *outs)
+        for x, out in ((one, outs[0]), (two, outs[1])):
+            exact = torch.zeros(5, 48, dtype=torch.float64).index_add_(0, rows_N, x.double().cpu())
+            near(out, exact, dtype)
+
+
+@pytest.mark.parametrize("device", BOTH)
+def test_norm_backward_adds_and_makes_its_output_again(device: str) -> None:
+    check_norm_backward(device)
+
+
+def check_norm_backward(device: str) -> None:
+    for dtype in DTYPES:
+        x, dy, add = (normal(37, 100, dtype=dtype, device=device, seed=i) for i in range(3))
+        w = normal(100, dtype=dtype, device=device, seed=3)
+        found = norm_backward(x, w, dy, 1e-6, False, True, add=add, output=True)
+        exact = norm_backward(*(v.double().cpu() for v in (x, w, dy)), 1e-6, False, True, add=add.double().cpu())
+        assert found.y is not None and torch.equal(found.y, norm_forward(x, w, 1e-6, False, True))
+        near(found.dx, exact.dx, dtype, 2)
 
 
 def test_wrong_shapes_are_named() -> None:

@@ -9,7 +9,7 @@ import torch
 from gradient_cases import agent_of, distance, errors, gradients, rollout, small
 from vllm_models import FAMILIES
 
-from ilr_fast import attention
+from ilr_fast import flash_attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
 
@@ -23,8 +23,8 @@ def check(found: dict[str, tuple[float, float]]) -> None:
 def spied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How often the flash kernel ran."""
     calls: list[int] = []
-    real = attention.flash_attention
-    monkeypatch.setattr(attention, "flash_attention", lambda *a, **k: (calls.append(1), real(*a, **k))[1])
+    real = flash_attention.TorchFlash.forward
+    monkeypatch.setattr(flash_attention.TorchFlash, "forward", lambda *a: (calls.append(1), real(*a))[1])
     return calls
 
 
