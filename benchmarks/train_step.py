@@ -88,7 +88,7 @@ class Bench:
             taken, norm = self._step(given)
             seconds.append(taken)
         start = time.perf_counter()
-        batches = self.agent._pack(given).batches
+        batches = self.agent._pack(given, self.agent.guard.tokens).batches
         packing = time.perf_counter() - start
         sizes = [len(batch.tokens_T) for batch in batches]
         distinct, operations = work(self.agent.model.config, given)
