@@ -35,6 +35,7 @@ async function draw(plot) {
   const drawn = await vegaEmbed(plot, structuredClone(spec), {
     actions: false, renderer: "svg", config: themed, tooltip: {theme: "page", offsetX: 14, offsetY: 14},
   });
+  plot.style.minHeight = 0;  // it kept the place until now
   return plot.view = drawn.view;
 }
 
