@@ -155,10 +155,11 @@ def _measure_difficulties(
 
 
 def _asked(session: Session) -> list[Question]:
-    """The training questions that the run's steps will ask, each once, in the order of the data."""
+    """The training questions that the run's steps may ask, each once, in the order of the data."""
     config, train = session.config, session.ready.splits["train"]
     stream = QuestionStream(train, config.seed)
-    ids = {q.id for step in range(1, config.steps + 1) for q in stream.questions_at(step, config.rollout.questions)}
+    at_once = config.rollout.questions + config.rollout.refill
+    ids = {q.id for step in range(1, config.steps + 1) for q in stream.questions_at(step, at_once)}
     return [question for question in train if question.id in ids]
 
 

@@ -365,3 +365,20 @@ def test_a_model_that_vllm_does_not_know_is_named_with_a_remedy() -> None:
         engine_for(transformers.AutoModelForCausalLM.from_config(config), where="agents.ada")
     assert "agents.ada.engine.name" in str(found.value) and "CodeGenForCausalLM" in str(found.value)
     assert "embedded" in str(found.value) and len(str(found.value)) < 250, "not vLLM's list of all that it knows"
+
+
+def test_a_spared_allocation_changes_no_token_and_leaves_the_same_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ilr_fast.engines import vllm_core
+
+    def conversation() -> tuple[list[Generation], int]:
+        engine = engine_for(small_model("llama"), stop_tokens=[])
+        prompts = prompts_of([9, 20, 33])
+        first = run(engine, prompts, [Sampling(n, seed=n) for n in (70, 83, 96)])
+        longer = [[*p, *r.tokens, 3, 4] for p, r in zip(prompts, first, strict=True)]
+        return [*first, *run(engine, longer, [Sampling(9, seed=4)] * 3)], engine.stats().tokens_reused
+
+    spared = conversation()
+    monkeypatch.setattr(vllm_core, "spare_slots", lambda scheduler: None)
+    plain = conversation()
+    assert [r.tokens for r in spared[0]] == [r.tokens for r in plain[0]]
+    assert spared[1] == plain[1] >= 3 * 64

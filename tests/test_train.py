@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from end_to_end import agent, read_rows, save_models, weights_of, write_config
+from end_to_end import agent, read_rows, said_in, save_models, weights_of, without_timings, write_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ilr_fast.cli import main
@@ -214,3 +214,15 @@ def test_benchmarks_beside_the_test_set_are_not_trained_on(tmp_path, models):
     trained = f"evaluate.benchmarks=[{tmp_path / 'train.jsonl'}]"
     with pytest.raises(UserError, match="evaluate.benchmarks.*the same id"):
         prepare(load_config(config, [trained]))
+
+
+def test_questions_without_a_gradient_are_replaced_and_a_run_repeats(tmp_path, models):
+    changes = dict(rollout__refill=2, rollout__samples=3, rollout__stop_after_equal=2, steps=2, deterministic=True)
+    runs = [train(tmp_path / name, models, **changes) for name in ("a", "b")]
+    rows = [[without_timings(row) for row in read_rows(run)] for run in runs]
+    assert rows[0] == rows[1]
+    assert all(sum(row["questions"][what] for row in rows[0]) > 0 for what in ("replaced", "stopped"))
+    for step in (1, 2):
+        assert said_in(runs[0], step) == said_in(runs[1], step)
+        asked = [json.loads(line) for line in (runs[0] / "dialogues" / f"step_00000{step}.jsonl").open()]
+        assert len({row["question"] for row in asked}) == load_config(runs[0] / "config.yaml").rollout.questions
