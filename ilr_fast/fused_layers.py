@@ -147,8 +147,13 @@ def _mlp(module: Any, x: Tensor, *, activation: str, recompute: bool) -> Tensor:
     if is_plain(module.gate_proj, module.up_proj, module.down_proj):
         weights = module.gate_proj.weight, module.up_proj.weight, module.down_proj.weight
         return _MLP.apply(rows, activation, recompute, *weights).view(x.shape)
-    out = _Gated.apply(module.gate_proj(rows), module.up_proj(rows), activation)
-    return module.down_proj(out).view(x.shape)
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(_adapted_mlp, module, rows, activation, use_reentrant=False).view(x.shape)
+    return _adapted_mlp(module, rows, activation).view(x.shape)
+
+
+def _adapted_mlp(module: Any, x_TD: Tensor, activation: str) -> Tensor:
+    return module.down_proj(_Gated.apply(module.gate_proj(x_TD), module.up_proj(x_TD), activation))
 
 
 class _MLP(torch.autograd.Function):

@@ -22,7 +22,7 @@ from typing import Literal
 
 from ilr_kernels.chunks import held_bytes
 
-from ilr_fast.activations import activations, forward_bytes
+from ilr_fast.activations import How, Recompute, activations, forward_bytes
 from ilr_fast.config import AgentConfig, Config, EngineConfig
 from ilr_fast.model_shape import ModelShape
 
@@ -188,9 +188,12 @@ def _engine(agent: AgentConfig, shape: ModelShape, size: int, use: Use) -> int:
 def _activations(agent: AgentConfig, shape: ModelShape, size: int, use: Use) -> int:
     if agent.train == "none":
         return 0
-    recompute = agent.gradient_checkpointing is True
-    tokens = micro_batch(agent, use)
-    return activations(shape, tokens, size=size, recompute=recompute).peak + _unpacked(agent, shape, size)
+    given = agent.gradient_checkpointing
+    recompute: Recompute = False if given == "auto" else given
+    fused = agent.fused_layers == "on" or (agent.fused_layers == "auto" and use.device != "cpu")
+    how: How = "plain" if not fused else "block" if agent.train == "full" and recompute is not True else "modules"
+    found = activations(shape, micro_batch(agent, use), size=size, recompute=recompute, how=how)
+    return found.peak + _unpacked(agent, shape, size)
 
 
 def _unpacked(agent: AgentConfig, shape: ModelShape, size: int) -> int:

@@ -14,8 +14,11 @@ from ragged_softmax import RaggedSoftmax
 from vllm_models import FAMILIES
 
 from ilr_fast import flash_attention, fused_layers
+from ilr_fast.activations import How, layer_bytes
 from ilr_fast.attention import PackedSequences, pack_sequences, packed_forward
+from ilr_fast.config import LoraConfig
 from ilr_fast.fused_layers import fuse
+from ilr_fast.model_shape import shape_of
 from ilr_fast.products import joined
 
 
@@ -59,6 +62,21 @@ def test_less_is_kept_where_mlps_are_computed_again(how: str, flash_written_out:
         agent = agent_of(model, "cpu", fused_layers=how, gradient_checkpointing=again)
         saved[again] = kept_bytes(agent.model.train(), ids)
     assert saved[True] < saved["mlp"] < saved[False] / 2, saved
+
+
+@pytest.mark.parametrize("train", ["full", "lora"])
+@pytest.mark.parametrize("again", [False, "mlp"])
+def test_what_is_kept_is_what_the_plan_counts(train: str, again: str | bool, flash_written_out: None) -> None:
+    if train == "lora":
+        pytest.importorskip("peft")
+    model = small("llama", intermediate_size=512)
+    agent = agent_of(
+        model, "cpu", fused_layers="on", train=train, gradient_checkpointing=again, lora=LoraConfig(rank=1)
+    )
+    few, many = (kept_bytes(agent.model, pack_sequences([list(range(n))])) for n in (100, 300))
+    how: How = "block" if train == "full" else "modules"
+    counted = layer_bytes(shape_of(model.config), 4, how, again) * model.config.num_hidden_layers
+    assert (many - few) / 200 == pytest.approx(counted, rel=0.1)
 
 
 def kept_bytes(model: torch.nn.Module, packed: PackedSequences) -> int:
