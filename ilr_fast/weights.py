@@ -164,6 +164,13 @@ def _without_adapters(engine_model: nn.Module) -> Iterator[None]:
             parent._modules[name] = child
 
 
+def extra_bytes(model: nn.Module, engine_model: nn.Module) -> int:
+    """Memory that both models' parameters take beyond those of `model`."""
+    storages = [p.untyped_storage() for p in (*model.parameters(), *engine_model.parameters())]
+    held = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return sum(held.values()) - sum(p.nbytes for p in model.parameters())
+
+
 def _view(name: str, parameter: Tensor, engine_model: nn.Module, where: str) -> Tensor:
     """The rows of the engine's parameter that `parameter` becomes."""
     found = _rows(name, engine_model)

@@ -120,6 +120,8 @@ def test_an_optimizer_step_is_seen(weights: str) -> None:
     model = small_model("qwen3", tied=True)
     engine = engine_for(model, weights=weights)
     assert engine.shares == (weights == "share")
+    whole = sum(p.nbytes for p in model.parameters())
+    assert (engine.extra_weight_bytes() < 0.1 * whole) if engine.shares else (engine.extra_weight_bytes() >= whole)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)

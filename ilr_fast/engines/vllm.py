@@ -41,7 +41,7 @@ from ilr_fast.engines.vllm_requests import Requests
 from ilr_fast.errors import UserError
 from ilr_fast.ticks import tick
 from ilr_fast.types import FinishReason, Generation, Residence, Sampling
-from ilr_fast.weights import check_shared, connect
+from ilr_fast.weights import check_shared, connect, extra_bytes
 
 WAKING = "lower engine.cache_gib or micro_batch_tokens, set `engine.sleep: turns`, or free memory"
 
@@ -119,9 +119,7 @@ class VllmEngine:
 
     def extra_weight_bytes(self) -> int:
         """Memory of the engine's weights that is not the trainer's too (padding, where they are shared)."""
-        storages = [p.untyped_storage() for p in (*self._model.parameters(), *self._core.model.parameters())]
-        held = {storage.data_ptr(): storage.nbytes() for storage in storages}
-        return sum(held.values()) - sum(p.nbytes for p in self._model.parameters())
+        return extra_bytes(self._model, self._core.model)
 
     def weights_changed(self) -> None:
         """Brings changed weights to the engine and drops its prefix cache; running requests go on with the new ones."""

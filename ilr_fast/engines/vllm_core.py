@@ -179,10 +179,12 @@ def plain_llm(model: Any, options: CoreOptions, folder: str, device: torch.devic
 def _stream_of_its_own(platform: Any, device: torch.device) -> torch.cuda.Stream | None:
     """For all cores of a process but the first, so that their steps run beside each other on the GPU.
 
-    The graphs of cores on different streams must not share memory, as vLLM's graphs of one process do.
+    The graphs of cores on different streams must not share memory, as vLLM's graphs of one process do, nor a workspace
+    of cuBLAS, which torch keeps for the stream that graphs are captured on.
     """
     if device.type != "cuda" or not _open:
         return None
+    torch._C._cuda_clearCublasWorkspaces()
     type(platform)._global_graph_pool = None
     return torch.cuda.Stream(device)
 
