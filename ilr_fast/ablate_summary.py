@@ -49,9 +49,10 @@ def summarise(folder: Path, *, command: str, console: Console | None = None) -> 
 
 def summary(runs: Sequence[Run], *, command: str) -> dict[str, Any]:
     """What `ablation.json` holds: command, environment of the first run, runs, rows, curves."""
+    first = runs[0].environment if runs else {}
     return {
         "command": command,
-        "environment": {key: value for key, value in (runs[0].environment if runs else {}).items() if key != "earlier"},
+        "environment": {key: value for key, value in first.items() if key not in ("earlier", "command")},
         "runs": [_run(run) for run in runs],
         "rows": _rows(runs),
         "curves": list(_curves(runs)),
