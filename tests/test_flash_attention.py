@@ -77,6 +77,14 @@ def test_masks_are_for_what_the_kernel_can_not() -> None:
     assert plan.gathered == 4 + 6 + 5
 
 
+def test_the_first_look_at_the_kernel_leaves_no_trace_in_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash_attention, "TorchFlash", RaggedSoftmax)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x), x)[1], lambda x: x), torch.no_grad():
+        assert flash_attention._agrees.__wrapped__(torch.device("cpu"), torch.float64, 8)
+    assert not kept
+
+
 @pytest.mark.gpu
 @CUDA
 @pytest.mark.parametrize("window", [None, 5, 64])
