@@ -55,8 +55,10 @@ def shape_config(name: str) -> Any:
 
 def write_shape(name: str, folder: Path) -> Path:
     """`folder`/NAME with config.json and a tokenizer of a word for each id; returns it."""
-    target = folder / name
-    config = shape_config(name)
+    return _write(shape_config(name), folder / name)
+
+
+def _write(config: Any, target: Path) -> Path:
     target.mkdir(parents=True, exist_ok=True)
     config.architectures = [f"{type(config).__name__.removesuffix('Config')}ForCausalLM"]
     config.save_pretrained(target)
@@ -71,3 +73,12 @@ def tokenizer(vocabulary: int) -> Any:
     made = Tokenizer(models.WordLevel({f"w{n}": n for n in range(vocabulary)}, unk_token="w2"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     return transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="w1", unk_token="w2")
+
+
+def small_shape(name: str, folder: Path) -> Path:
+    """The same family, small, for a try without a GPU."""
+    kind, sizes = SHAPES[name]
+    small = dict(vocab_size=997, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2)  # fmt: skip
+    config = kind(**{**sizes, **small}, bos_token_id=0, eos_token_id=1, pad_token_id=None)
+    return _write(config, folder / name)

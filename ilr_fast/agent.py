@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from ilr_kernels.chunks import rows_of
 from ilr_kernels.lm_head import linear_logprob, linear_policy_loss
 from ilr_kernels.policy_loss import PolicyLoss
 from torch import Tensor
@@ -83,9 +84,9 @@ class Agent:
     ):
         where = f"agents.{name}"
         self.name, self.config, self.run, self.loss = name, config, run, run.loss
-        self.tokenizer = (
-            tokenizer if tokenizer is not None else AutoTokenizer.from_pretrained(resolve_model(config.model))
-        )
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(resolve_model(config.model, weights=not config.random_weights))
+        self.tokenizer = tokenizer
         self.model: Any = load_policy(config, where, run.seed) if model is None else model
         self.forward = forward or packed_forward
         self.device = self.model.device
@@ -184,7 +185,7 @@ class Agent:
         """A second model for full training; for adapters the model itself, with the adapters switched off."""
         if not self.trains or self.loss.beta == 0:
             return None
-        return self.model if self.config.train == "lora" else load_reference(self.config, where)
+        return self.model if self.config.train == "lora" else load_reference(self.config, where, self.run.seed)
 
     def _pack(self, sequences: Sequence[TrainingSequence], tokens: int) -> PackedStep:
         return pack_step(sequences, self.rules, tokens, self.device)
@@ -248,6 +249,7 @@ class Agent:
             bias_V=head.bias,
             temperature=self.run.rollout.temperature,
             softcap=head.softcap,
+            chunk=rows_of(self.config.logits_mib, head.weight.shape[0], head.weight.element_size()),
             weight_grad_VD=weight_grad_VD,
         )
 

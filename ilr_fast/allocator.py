@@ -1,14 +1,18 @@
-"""Freed memory stays with the process, for the next step to use.
+"""Freed memory of the host stays with the process, for the next step to use; freed memory of a GPU leaves no holes.
 
 glibc maps every large block anew and gives it back when it is freed. A training step frees and takes some hundred MiB
 of gradients and logits; the kernel then hands out the same pages again, zeroed, one fault of 4 KiB each: a tenth of a
 step on the CPU, more in a virtual machine. With mapping and trimming put off, faults stop after the first steps. The
 process's peak stays what it was.
+
+PyTorch's memory on a GPU is made of segments, and what is too large for a hole takes a new one: with sizes that change
+from step to step a tenth and more lies in holes. Segments that grow have no such holes.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -21,3 +25,13 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and bool(mallopt(_M_MMAP_THRESHOLD, _NEVER) and mallopt(_M_TRIM_THRESHOLD, _NEVER))
+
+
+def grow_segments() -> None:
+    """Tells PyTorch to let its segments on a GPU grow, unless the user has told it something; before the first use."""
+    if os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF"):
+        return
+    import torch
+
+    if torch.cuda.is_available() and hasattr(torch.cuda.memory, "_set_allocator_settings"):
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")

@@ -124,6 +124,10 @@ class AgentConfig:
         "more work); auto: where activations don't fit.",
     )
 
+    logits_mib: int | None = key(
+        None, "MiB of logits that the loss holds at once; null: as many as are fastest, up to 2 GiB on a GPU.", low=16
+    )
+
     @property
     def batch_tokens(self) -> int:
         """Most packed tokens of a micro-batch, also where nothing has filled in `auto`."""

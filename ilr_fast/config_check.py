@@ -73,6 +73,18 @@ def _agent(name: str, agent: AgentConfig, rollout: RolloutConfig) -> Iterator[Fi
         f"{path}.optimizer.moments",
         "add `rounding: stochastic`, or leave moments at float32",
     )
+    yield (
+        agent.quantize != "none" and agent.train == "full",
+        "weights of four bits can't be trained",
+        f"{path}.quantize",
+        "set `train: lora`, or remove the key",
+    )
+    yield (
+        agent.quantize != "none" and agent.engine.name == "vllm",
+        "vLLM is not given weights of four bits",
+        f"{path}.engine.name",
+        "use `embedded`, or remove `quantize`",
+    )
     limits = [turn_limit(rollout, stage) for stage in rollout.max_tokens if "default" in rollout.max_tokens]
     context = agent.engine.max_context
     yield (

@@ -174,6 +174,8 @@ def _of_training(agent: AgentConfig, on_card: bool) -> Iterator[tuple[float, str
     tokens, optimizer = agent.batch_tokens, agent.optimizer
     if tokens >= 1024:
         yield 0.05 * 8192 / tokens, "micro_batch_tokens", tokens // 2
+    if on_card and (agent.logits_mib is None or agent.logits_mib > 512):
+        yield 0.03, "logits_mib", 512
     if not agent.gradient_checkpointing:
         yield RECOMPUTE_COST, "gradient_checkpointing", True
     if agent.train == "full" and on_card:

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ilr_fast.attention import lm_head_of, prepare
 from ilr_fast.config import AgentConfig, LoraConfig
 from ilr_fast.errors import UserError
 from ilr_fast.models import resolve_model
+from ilr_fast.quantized import quantize_
 
 
 def device_of(config: AgentConfig, where: str) -> torch.device:
@@ -50,7 +51,7 @@ def load_policy(config: AgentConfig, where: str, seed: int, *, on_host: bool = F
     `where` is the agent's config path for errors; `seed` sets the adapters' first weights; `on_host` leaves the weights
     in the host's memory, for an engine whose weights they become.
     """
-    return for_training(_load(config, where, on_host=on_host), config, where, seed)
+    return for_training(_load(config, where, seed, on_host=on_host), config, where, seed)
 
 
 def for_training(model: Any, config: AgentConfig, where: str, seed: int) -> Any:
@@ -70,16 +71,18 @@ def recompute_activations(model: Any) -> None:
     enable({"use_reentrant": False})
 
 
-def load_reference(config: AgentConfig, where: str) -> Any:
-    """A frozen copy of the model as it was before training."""
-    return _load(config, where).requires_grad_(False).eval()
+def load_reference(config: AgentConfig, where: str, seed: int = 0) -> Any:
+    """A frozen copy of the model as it was before training; `seed` as it was then."""
+    return _load(config, where, seed).requires_grad_(False).eval()
 
 
-def _load(config: AgentConfig, where: str, *, on_host: bool = False) -> Any:
-    folder = resolve_model(config.model, f"{where}.model")
+def _load(config: AgentConfig, where: str, seed: int, *, on_host: bool = False) -> Any:
+    folder = resolve_model(config.model, f"{where}.model", weights=not config.random_weights)
     device = device_of(config, where)
     try:
-        if (folder / "adapter_config.json").exists():
+        if config.random_weights:
+            model = _random(folder, dtype_of(config, device), device, seed)
+        elif (folder / "adapter_config.json").exists():
             model = _peft(where).AutoPeftModelForCausalLM.from_pretrained(folder, dtype=dtype_of(config, device))
             model = model.merge_and_unload()
         else:
@@ -92,7 +95,18 @@ def _load(config: AgentConfig, where: str, *, on_host: bool = False) -> Any:
         ) from None
     _without_dropout(model)
     prepare(model)
-    return model if on_host else model.to(device)
+    if config.quantize == "nf4":
+        quantize_(model, dtype_of(config, device), where)
+    return model.to("cpu") if on_host else model.to(device)
+
+
+def _random(folder: Path, dtype: torch.dtype, device: torch.device, seed: int) -> Any:
+    """A model of the folder's shape; its weights are drawn where it will compute, which takes no time on a GPU."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+    model.tie_weights()
+    return model
 
 
 def _without_dropout(model: nn.Module) -> None:
@@ -115,10 +129,11 @@ def _with_adapters(model: Any, config: LoraConfig, where: str, seed: int) -> Any
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
+    # In the weights' precision: AdamW has float32 copies; float32 adapters would keep every layer's input in float32.
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
-            return peft.get_peft_model(model, options)
+            return peft.get_peft_model(model, options, autocast_adapter_dtype=False)
         except ValueError as error:
             raise UserError(
                 str(error), f"{where}.targets = {config.targets}", "use `all-linear` or the model's module names"

@@ -20,7 +20,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from ilr_kernels.chunks import held_bytes
+from ilr_kernels.chunks import held_bytes, rows_of
 
 from ilr_fast.activations import How, Recompute, activations, forward_bytes
 from ilr_fast.config import AgentConfig, Config, EngineConfig
@@ -205,4 +205,5 @@ def _head(agent: AgentConfig, shape: ModelShape, size: int, use: Use) -> int:
     if agent.train == "none":
         return 0
     dtype = agent.dtype if agent.dtype != "auto" else ("float32" if use.device == "cpu" else "bfloat16")
-    return held_bytes(micro_batch(agent, use), shape.head.rows, shape.hidden, dtype, use.device)
+    chunk = rows_of(agent.logits_mib, shape.head.rows, size)
+    return held_bytes(micro_batch(agent, use), shape.head.rows, shape.hidden, dtype, use.device, chunk)

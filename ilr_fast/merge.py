@@ -2,7 +2,8 @@
 
     merge_adapters(Path("runs/a"))      # [runs/a/merged/ada]: of the best checkpoint, for each agent of `train: lora`
 
-The checkpoints keep the adapters, because a run that goes on needs them apart from their base.
+The checkpoints keep the adapters, because a run that goes on needs them apart from their base. Adapters of `quantize:
+nf4` are merged into the weights as they were before four bits were made of them.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def _merge(config: Config, name: str, adapters: Path, place: Path) -> None:
     from ilr_fast.loading import load_reference
 
     temporary = place.with_name(f"{TEMPORARY}{name}-new")
-    model = load_reference(replace(config.agents[name], model=str(adapters)), f"agents.{name}")
+    model = load_reference(replace(config.agents[name], model=str(adapters), quantize="none"), f"agents.{name}")
     model.save_pretrained(temporary)
     AutoTokenizer.from_pretrained(adapters).save_pretrained(temporary)
     sync_tree(temporary)

@@ -78,12 +78,15 @@ def get_model(name: str, folder: Path | None = None) -> Path:
     return target
 
 
-def resolve_model(path_or_name: str, where: str | None = None) -> Path:
+def resolve_model(path_or_name: str, where: str | None = None, *, weights: bool = True) -> Path:
     """The folder of a model given by path, by the name of a small model, or by Hub name.
 
-    `where` names the config key in errors. UserError where no model is found, or its folder lacks something.
+    `where` names the config key in errors. UserError where no model is found, or its folder lacks something; without
+    `weights` a folder need not have any.
     """
     where = where or f"model = {path_or_name}"
+    if not weights:
+        return resolve_config(path_or_name, where)
     path = Path(path_or_name).expanduser()
     if is_model_folder(path):
         check_model_folder(path, where)

@@ -70,7 +70,8 @@ def prepare_chat(name: str, agent: AgentConfig) -> ChatFormat:
 
     if agent.engine.name == "vllm":
         check_version(f"agents.{name}")
-    folder = resolve_model(agent.model, f"agents.{name}.model = {agent.model}")
+    where = f"agents.{name}.model = {agent.model}"
+    folder = resolve_model(agent.model, where, weights=not agent.random_weights)
     device_of(agent, f"agents.{name}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -42,19 +42,24 @@ def balanced(n: int, most: int, tile: int) -> int:
     return min(rows + -rows % tile, most) if most >= tile else rows
 
 
-def held_bytes(rows: int, vocabulary: int, depth: int, dtype: str, device: str) -> int:
+def rows_of(mib: int | None, vocabulary: int, size: int) -> int | None:
+    """The `chunk` whose logits of `size` bytes take so many MiB; None for None, the sweeps' own choice."""
+    return None if mib is None else max(128, mib * 2**20 // (vocabulary * size) // 128 * 128)
+
+
+def held_bytes(rows: int, vocabulary: int, depth: int, dtype: str, device: str, chunk: int | None = None) -> int:
     """Bytes that `linear_policy_loss` holds at its peak for so many rows, beside its inputs and a `weight_grad_VD`.
 
-    `dtype` as torch names it, `device` cuda or cpu. That is the chunk of logits or exponentials, dhidden of all rows,
-    and what is made of one chunk's hidden states.
+    `dtype` as torch names it, `device` cuda or cpu, `chunk` as there. That is the chunk of logits or exponentials,
+    dhidden of all rows, and what is made of one chunk's hidden states.
     """
     size = {"float64": 8, "float32": 4}.get(dtype, 2)
     if rows == 0:
         return 0
     if device == "cpu":
-        chunk = min(rows, cpu_chunk(vocabulary))
+        chunk = min(rows, chunk or cpu_chunk(vocabulary))
         return chunk * vocabulary * size + CPU_BLOCK_ELEMENTS * (4 + size) + rows * depth * size
     if dtype != "bfloat16":
-        return min(rows, gpu_wide_chunk(vocabulary)) * vocabulary * size + rows * depth * size
-    chunk = balanced(rows, gpu_chunk(vocabulary, depth), tile=128)
+        return min(rows, chunk or gpu_wide_chunk(vocabulary)) * vocabulary * size + rows * depth * size
+    chunk = balanced(rows, chunk or gpu_chunk(vocabulary, depth), tile=128)
     return chunk * vocabulary * 2 + chunk * depth * 4 + rows * depth * 2

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from ilr_fast.agent import Agent
-from ilr_fast.allocator import keep_freed_memory
+from ilr_fast.allocator import grow_segments, keep_freed_memory
 from ilr_fast.chat import ChatFormat
 from ilr_fast.config import AgentConfig, Config
 from ilr_fast.engines.device_memory import OutOfMemory
@@ -56,11 +56,18 @@ class LocalHost:
         self._measure_noise()
         if isinstance(self.engine, EmbeddedEngine):
             self.engine.forget()
+            self._give_back()
         result = self.agent.update(sequences, step)
         self.engine.weights_changed()
+        self._give_back()
         noise, self._noise = self._noise, None
         self._updates += 1
         return replace(result, metrics={**result.metrics, "engine_noise": noise})
+
+    def _give_back(self) -> None:
+        """What PyTorch keeps of freed memory goes back to the device, for other processes and as one piece."""
+        if self.agent.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def start_update(self, sequences: Sequence[TrainingSequence], step: int) -> Callable[[], StepResult]:
         """See Host. In this process the update runs when its result is asked for."""
@@ -194,6 +201,8 @@ def _with_vllm(name: str, agent: AgentConfig, config: Config, chat: ChatFormat) 
 
 def _set_up_torch(config: Config) -> None:
     keep_freed_memory()
+    if all(agent.engine.name != "vllm" for agent in config.agents.values()):
+        grow_segments()  # vLLM's graphs and regions have segments of their own
     disable_progress_bar()  # transformers' bars would tear the display of the run
     if config.threads:
         torch.set_num_threads(config.threads)

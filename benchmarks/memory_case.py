@@ -1,0 +1,160 @@
+"""One run of `bench memory`, in a process of its own: prints a line of JSON for each phase.
+
+python -m ilr_benchmarks.memory_case '{"config": "configs/24gb/grpo_3b_full.yaml", …}'
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ilr_benchmarks.shapes import small_shape, write_shape
+
+from ilr_fast.card import PeakSampler
+from ilr_fast.config import Config
+from ilr_fast.config_parse import load_config
+from ilr_fast.fill_in import fill_in
+from ilr_fast.memory import GIB
+from ilr_fast.plan import Machine, RunPlan, plan_run
+from ilr_fast.plan_command import filled, shapes_of
+from ilr_fast.types import Sampling, TrainingSequence, TrainingTurn
+
+STEPS = 2
+
+
+def main(asked: dict[str, Any]) -> None:
+    with ExitStack() as stack:
+        sampler = stack.enter_context(PeakSampler())
+        config, planned = _settled(asked)
+        from ilr_fast.team import open_team, prepare_chats
+
+        begun = time.perf_counter()
+        team = stack.enter_context(open_team(config, prepare_chats(config)))
+        say = _Speaker(planned, sampler)
+        say("load", [time.perf_counter() - begun])
+        seconds: dict[str, list[float]] = {}
+        for step in range(1, STEPS + 1):
+            _step(team, config, asked, step, seconds, say)
+
+
+def _step(
+    team: Any, config: Config, asked: dict[str, Any], step: int, seconds: dict[str, list[float]], say: Any
+) -> None:
+    last = step == STEPS
+    hosts, draw = team.hosts, random.Random(step)
+    contexts = {name: host.max_context for name, host in hosts.items()}
+    words = {name: _words(draw, asked["vocabulary"][name]) for name in hosts}
+
+    def timed(phase: str, work: Callable[[], Any]) -> None:
+        start = time.perf_counter()
+        work()
+        seconds.setdefault(phase, []).append(time.perf_counter() - start)
+
+    async def generate() -> None:
+        jobs = []
+        for name, host in hosts.items():
+            prompts = [words[name](contexts[name] - asked["tokens"]) for _ in range(2)]
+            for n in range(config.agents[name].engine.slots):
+                sampling = Sampling(asked["tokens"], seed=n)
+                jobs.append(host.generate(prompts[n % 2], sampling))
+        for generation in await asyncio.gather(*jobs):
+            assert generation.finish != "error", generation.error
+
+    timed("generate", lambda: asyncio.run(generate()))
+    say("generate", seconds["generate"], quiet=not last, tokens=_generated(config, asked))
+    for name, host in hosts.items():
+        phase = f"update {name}"
+        batch = [_sequence(words[name](contexts[name]), n, draw) for n in range(asked["sequences"])]
+        timed(phase, lambda host=host, batch=batch: host.update(batch, step))
+        say(phase, seconds[phase], quiet=not last, tokens=sum(len(s.tokens) for s in batch))
+
+
+def _generated(config: Config, asked: dict[str, Any]) -> int:
+    return sum(agent.engine.slots for agent in config.agents.values()) * asked["tokens"]
+
+
+def _words(draw: random.Random, vocabulary: int) -> Callable[[int], list[int]]:
+    return lambda count: [draw.randrange(3, vocabulary) for _ in range(count)]
+
+
+def _sequence(tokens: list[int], number: int, draw: random.Random) -> TrainingSequence:
+    """Half of it sampled, in one turn."""
+    start = len(tokens) // 2
+    turn = TrainingTurn(start, len(tokens), draw.choice([-1.0, 1.0]), (-2.0,) * (len(tokens) - start))
+    return TrainingSequence(f"q{number % 2}", number, tuple(tokens), (turn,))
+
+
+class _Speaker:
+    """Prints what a phase took, by plan and by NVML; `quiet` only takes the peak into account."""
+
+    def __init__(self, planned: RunPlan, sampler: PeakSampler):
+        device = planned.devices[0] if planned.devices else planned.host
+        self._planned = {phase.name: phase.total for phase in device.phases}
+        self._sampler = sampler
+        self._peaks: dict[str, int] = {}
+
+    def __call__(self, phase: str, seconds: list[float], *, quiet: bool = False, tokens: int | None = None) -> None:
+        peak = self._sampler.take()
+        if peak is not None:
+            self._peaks[phase] = max(peak, self._peaks.get(phase, 0))
+        if quiet:
+            return
+        found = self._peaks.get(phase)
+        planned = self._planned.get(phase)
+        told = {
+            "phase": phase, "seconds": [round(s, 3) for s in seconds],
+            "planned_gib": None if planned is None else round(planned / GIB, 2),
+            "measured_gib": None if found is None else round(found / GIB, 2),
+            "torch_gib": _by_torch(),
+            "tokens_per_second": None if tokens is None else round(tokens / seconds[-1], 1),
+        }  # fmt: skip
+        print(json.dumps(told), flush=True)
+
+
+def _by_torch() -> float | None:
+    """The most that PyTorch has allocated since the last call."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    peak = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return round(peak / GIB, 2)
+
+
+def _settled(asked: dict[str, Any]) -> tuple[Config, RunPlan]:
+    """The config with shapes in place of models, filled in for the card."""
+    config = load_config(asked["config"])
+    agents, asked["vocabulary"] = {}, {}
+    for name, agent in config.agents.items():
+        write = small_shape if asked["quick"] else write_shape
+        folder = write(agent.model, Path(asked["folder"]))
+        engine = replace(agent.engine, max_context=256, slots=4) if asked["quick"] else agent.engine
+        agents[name] = replace(agent, model=str(folder), random_weights=True, chat_template="plain", engine=engine)
+        asked["vocabulary"][name] = json.loads((folder / "config.json").read_text())["vocab_size"]
+    config = replace(config, agents=agents, memory_check="warn")
+    shapes, size = shapes_of(config), int(asked["gib"] * GIB)
+    on_cpu = not _cuda()
+    machine = Machine({} if on_cpu else {"cuda:0": size}, None)
+    settled = fill_in(config, shapes, machine)
+    print("auto:", *filled(config, settled), file=sys.stderr)
+    contexts = {name: agent.engine.max_context or 0 for name, agent in settled.agents.items()}
+    return settled, plan_run(settled, shapes, machine, contexts)
+
+
+def _cuda() -> bool:
+    from ilr_fast.card import card_memory
+
+    return bool(card_memory())
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
