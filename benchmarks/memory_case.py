@@ -70,6 +70,7 @@ def _step(
 
     timed("generate", lambda: asyncio.run(generate()))
     say("generate", seconds["generate"], quiet=not last, tokens=_generated(config, asked))
+    team.forget()  # as training does
     for name, host in hosts.items():
         phase = f"update {name}"
         batch = [_sequence(words[name](contexts[name]), n, draw) for n in range(asked["sequences"])]

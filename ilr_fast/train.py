@@ -211,6 +211,7 @@ def update(session: Session, credited: Sequence[Credited], step: int, timer: Tim
     """Every agent that learns takes its step on its own turns, beside the others where their hosts can; its engine
     samples from the new weights at once."""
     hosts = session.team.hosts
+    session.team.forget()  # one agent's update has the memory of all caches
     with timer("train"), session.progress.phase("update", len(hosts)) as advance:
         finish = {
             name: host.start_update(training_sequences(credited, name), step)

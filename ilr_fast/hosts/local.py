@@ -91,8 +91,10 @@ class LocalHost:
         self.engine.weights_changed()
 
     def forget(self) -> None:
-        """See Host."""
+        """See Host. What an embedded engine has cached becomes the device's."""
         self.engine.forget()
+        if isinstance(self.engine, EmbeddedEngine):
+            self._give_back()
 
     def reside(self, residence: Residence) -> None:
         """See Host. Weights of the trainer's own, its optimizer's states and a reference leave with the engine's."""
