@@ -20,6 +20,7 @@ from ilr_fast.plan import Machine, plan_run
 from ilr_fast.plan_command import parse_size
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("[0-9]*gb/*.yaml"))
+PAIR = next(path for path in CONFIGS if path.parent.name == "24gb" and path.stem == "ilr_two_1.5b_full")
 CARDS = (24, 40, 48, 80, 141)
 
 
@@ -55,7 +56,6 @@ def test_a_vetted_config_fits_its_card_and_has_the_table_that_it_had(path, shape
     settled = fill_in(config, known, machine(gib))
     planned = plan_run(settled, known, machine(gib))
     assert planned.fits
-    assert not remedies(settled, known, machine(gib)) or planned.fits
     table = {phase.name: round(phase.total / GIB, 1) for phase in planned.devices[0].phases}
     assert table == pytest.approx(GOLDEN[f"{path.parent.name}/{path.stem}"], abs=0.06)
 
@@ -63,8 +63,33 @@ def test_a_vetted_config_fits_its_card_and_has_the_table_that_it_had(path, shape
 # GiB of each phase as planned for 22 and 78 GiB: they change where the arithmetic does, and then on purpose.
 # fmt: off
 GOLDEN: dict[str, dict[str, float]] = {
+    "24gb/grpo_3b_full": {
+        "load": 6.5, "generate": 12.4, "update qwen": 19.0, "checkpoint": 6.5
+    },
+    "24gb/grpo_8b_lora": {
+        "load": 16.8, "generate": 20.8, "update llama": 21.9, "checkpoint": 16.8
+    },
+    "24gb/ilr_8b_7b_lora": {
+        "load": 16.8, "generate llama": 21.0, "generate qwen": 19.8, "update llama": 20.2,
+        "update qwen": 19.5, "checkpoint": 16.8
+    },
+    "24gb/ilr_8b_7b_qlora": {
+        "load": 13.4, "generate": 17.5, "update llama": 20.2, "update qwen": 19.2, "checkpoint": 13.4
+    },
     "24gb/ilr_two_1.5b_full": {
-        "load": 6.8, "generate": 18.9, "update qwen": 16.7, "update smollm2": 16.0, "checkpoint": 6.8
+        "load": 6.8, "generate": 18.9, "update qwen": 16.7, "update smollm2": 16.1, "checkpoint": 6.8
+    },
+    "80gb/grpo_3b_full": {
+        "load": 30.3, "generate": 31.0, "update qwen": 72.4, "checkpoint": 30.3
+    },
+    "80gb/grpo_8b_lora": {
+        "load": 33.1, "generate": 34.3, "update llama": 70.7, "checkpoint": 33.1
+    },
+    "80gb/ilr_8b_7b_lora": {
+        "load": 32.6, "generate": 49.9, "update llama": 70.3, "update qwen": 69.5, "checkpoint": 32.6
+    },
+    "80gb/ilr_two_1.5b_full": {
+        "load": 37.5, "generate": 38.2, "update qwen": 63.7, "update smollm2": 63.7, "checkpoint": 37.5
     },
 }
 # fmt: on
@@ -91,7 +116,7 @@ def test_larger_cards_get_settings_that_are_no_slower(path, shapes):
 
 
 def test_memory_is_monotonic(shapes):
-    config, known = opened(CONFIGS[0], shapes)
+    config, known = opened(PAIR, shapes)
     settled = fill_in(config, known, machine(22))
     name = next(iter(settled.agents))
 
@@ -112,7 +137,7 @@ def test_memory_is_monotonic(shapes):
 
 
 def test_remedies_do_what_they_say(shapes):
-    config, known = opened(CONFIGS[0], shapes)
+    config, known = opened(PAIR, shapes)
     settled = fill_in(config, known, machine(78))
     for gib in (10, 14, 18):
         found = remedies(settled, known, machine(gib))
@@ -128,13 +153,13 @@ def test_remedies_do_what_they_say(shapes):
 
 
 def test_what_can_not_fit_has_no_remedy(shapes):
-    config, known = opened(CONFIGS[0], shapes)
+    config, known = opened(PAIR, shapes)
     settled = fill_in(config, known, machine(1))
     assert not any(remedy.plan.fits for remedy in remedies(settled, known, machine(1)))
 
 
 def test_processes_have_contexts_and_updates_of_their_own(shapes):
-    config, known = opened(CONFIGS[0], shapes)
+    config, known = opened(PAIR, shapes)
     settled = fill_in(config, known, machine(78))
     names = list(settled.agents)
     together = plan_run(settled, known, machine(78)).devices[0]
@@ -162,15 +187,15 @@ def test_no_sizes(text):
 @pytest.mark.parametrize(("gib", "status"), [("22GiB", 0), ("8GiB", 2)])
 def test_the_command(tmp_path, capfd, gib, status):
     overrides = []
-    for name, agent in load_config(CONFIGS[0]).agents.items():
+    for name, agent in load_config(PAIR).agents.items():
         overrides.append(f"agents.{name}.model={write_shape(agent.model, tmp_path)}")
-    assert main(["plan", str(CONFIGS[0]), "--gpu-memory", gib, *overrides]) == status
+    assert main(["plan", str(PAIR), "--gpu-memory", gib, *overrides]) == status
     out, err = capfd.readouterr()
     assert all(word in out for word in ("load", "generate", "update", "AdamW's", "together", "auto:"))
     if status:
         assert "does not fit" in out and "ilr-fast: " in err and "it fits with agents." in err
         fitting = err.split("it fits with ")[1].split(" (")[0].split()
-        assert main(["plan", str(CONFIGS[0]), "--gpu-memory", gib, *overrides, *fitting]) == 0
+        assert main(["plan", str(PAIR), "--gpu-memory", gib, *overrides, *fitting]) == 0
 
 
 def test_training_refuses_what_does_not_fit_before_anything_is_loaded(tmp_path, monkeypatch, capfd):

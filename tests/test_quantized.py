@@ -8,8 +8,8 @@ import pytest
 import torch
 from end_to_end import agent, save_models, write_config
 from learners import make_agent, rollout, save_model, weights
-from test_memory import bytes_of, memory_of
 from test_memory import agent as agent_config
+from test_memory import bytes_of, memory_of
 from vllm_models import small_model
 
 from ilr_fast.cli import main
