@@ -21,7 +21,7 @@ from ilr_fast.plan import Machine, RunPlan, estimated_contexts, place, plan_run
 
 # What a setting costs, as a share of the step's time: the order in which settings are tried. Not measured.
 MICRO_BATCHES = {16384: 0.0, 8192: 0.01, 4096: 0.04, 2048: 0.1, 1024: 0.25, 512: 0.5}
-OFFLOAD_COST, RECOMPUTE_COST = 0.08, 0.25
+OFFLOAD_COST, MLP_COST, RECOMPUTE_COST = 0.08, 0.15, 0.25
 SLEEPS = {"never": 0.0, "cache": 0.002, "turns": 0.5}
 DEFAULT_MICRO_BATCH = 8192
 SPARE = 0.04  # of the card, which `auto` leaves free: a plan is not exact
@@ -110,7 +110,11 @@ def _choices(config: Config, machine: Machine, shapes: Mapping[str, ModelShape])
     for name, agent in config.agents.items():
         if agent.gradient_checkpointing == "auto":
             key = "gradient_checkpointing"
-            options.append([(0.0, (Setting(name, key, False),)), (RECOMPUTE_COST, (Setting(name, key, True),))])
+            costs = {False: 0.0, "mlp": MLP_COST, True: RECOMPUTE_COST}
+            options.append([
+                (cost, (Setting(name, key, again),)) for again, cost in costs.items()
+                if again != "mlp" or agent.train == "full"  # MLPs with adapters keep what they read
+            ])
         if agent.optimizer.offload == "auto":
             key, pays = "optimizer.offload", trained_count(agent, shapes[name]) > 10**8
             kept, away = (Setting(name, key, "none"),), (Setting(name, key, "host"),)
@@ -176,7 +180,9 @@ def _of_training(agent: AgentConfig, on_card: bool) -> Iterator[tuple[float, str
         yield 0.05 * 8192 / tokens, "micro_batch_tokens", tokens // 2
     if on_card and (agent.logits_mib is None or agent.logits_mib > 512):
         yield 0.03, "logits_mib", 512
-    if not agent.gradient_checkpointing:
+    if not agent.gradient_checkpointing and agent.train == "full":
+        yield MLP_COST, "gradient_checkpointing", "mlp"
+    if agent.gradient_checkpointing is not True:
         yield RECOMPUTE_COST, "gradient_checkpointing", True
     if agent.train == "full" and on_card:
         if optimizer.offload == "none":
