@@ -11,13 +11,15 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from os.path import commonprefix
 from typing import Any
 
 from ilr_fast.report.runs import Row, Run, mapping
+from ilr_fast.runfolder import MAY_DIFFER
 
-# What may differ between the runs of one arm: nothing of it changes what is learned but the draw.
-_NOT_COMPARED = {"run", "seed", "log", "checkpoint", "threads", "steps", "evaluate", "deterministic"}
+# What may differ between the runs of one arm: the draw, and what a run may change when it goes on.
+_NOT_COMPARED = ("seed", "deterministic", *MAY_DIFFER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ def differing_keys(arms: Sequence[Arm]) -> list[tuple[str, list[str]]]:
 
     What an agent that takes part in some arms alone is set to is no difference; that it does is.
     """
-    flat = [_flat(_compared(arm.runs[0].config)) for arm in arms]
+    flat = [_compared(arm.runs[0].config) for arm in arms]
     keys = list(dict.fromkeys(key for one in flat for key in one))
     rows = [("agents", [", ".join(arm.runs[0].agents) for arm in arms])]
     rows += [(key, [_text(one[key]) if key in one else "–" for one in flat]) for key in keys]
@@ -97,7 +99,9 @@ def _identity(config: Row) -> str:
 
 
 def _compared(config: Row) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key not in _NOT_COMPARED}
+    """The keys by path that tell arms apart."""
+    return {path: value for path, value in _flat(config).items()
+            if not any(fnmatchcase(path, pattern) for pattern in _NOT_COMPARED)}  # fmt: skip
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

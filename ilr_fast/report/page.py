@@ -24,7 +24,7 @@ from ilr_fast.report.content import Content
 from ilr_fast.report.curves import learning_figures, machine_figures, training_figures
 from ilr_fast.report.overview import Table, benchmark_tables, mode_tables
 from ilr_fast.report.result_figures import accuracy_figures, ratio_figures
-from ilr_fast.report.series import POINTS, SMOOTH_FROM
+from ilr_fast.report.series import FEWEST, SMOOTH_FROM
 from ilr_fast.report.status import status
 from ilr_fast.report.tables import differing_table, failures, result_table, setup
 from ilr_fast.report.talk import calibration_part, dialogue_part, interaction_part, spoken
@@ -133,7 +133,7 @@ def _bands(content: Content) -> str:
         "runs the range) as the band." if several else "",
         f"From {SMOOTH_FROM} steps on curves are running means over a 25th of the run; pale: the values themselves."
         if many >= SMOOTH_FROM else "",
-        f"Runs of more than {POINTS} steps are drawn as means of neighbouring steps." if many > POINTS else "",
+        "Of a long run each point is the mean of neighbouring steps." if many > FEWEST else "",
         "metrics.jsonl holds every step.",
     ]  # fmt: skip
     return " ".join(text for text in texts if text)

@@ -1,8 +1,8 @@
 """From a number's columns in one run or several to the points of a curve: fewer, smoothed, with a band.
 
-Long runs are drawn as means of neighbouring steps, at most POINTS of them. From SMOOTH_FROM points on, the curve is a
-running mean. Of one run the values themselves stay behind the curve; of several, the band is the 95% interval of their
-mean (statistics.mean_interval: Student's t, of two runs their range).
+Long runs are drawn as means of neighbouring steps, at most POINTS of them, fewer where many curves share a figure.
+From SMOOTH_FROM points on, the curve is a running mean. Of one run the values themselves stay behind the curve; of
+several, the band is the 95% interval of their mean (statistics.mean_interval: Student's t, of two runs their range).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 from ilr_fast.statistics import mean_interval
 
 POINTS = 240
+FEWEST = 80
 SMOOTH_FROM = 40
 
 Point = tuple[float, float | None]
@@ -60,6 +61,15 @@ class Series:
         points = [(x, sum(ys) / len(ys) if ys else None) for x, ys in sorted(found.items())]
         smooth = running_mean(points, max(5, len(points) // 25)) if len(points) >= SMOOTH_FROM else points
         return {x: (y, raw) for (x, y), (_, raw) in zip(smooth, points, strict=True)}
+
+
+def points_of(curves: int) -> int:
+    """How many points each of so many curves in one figure has at most.
+
+    >>> points_of(2), points_of(8), points_of(36)
+    (240, 120, 80)
+    """
+    return max(FEWEST, min(POINTS, 4 * POINTS // max(1, curves)))
 
 
 def placed(steps: Sequence[float], most: int = POINTS) -> dict[float, float]:

@@ -13,7 +13,7 @@ from math import ceil, floor, log10
 from typing import Any
 
 from ilr_fast.report import theme
-from ilr_fast.report.series import Series, placed, short
+from ilr_fast.report.series import Series, placed, points_of, short
 from ilr_fast.report.texts import Unit
 
 Spec = dict[str, Any]
@@ -50,7 +50,7 @@ def curves(title: str, note: str, axis: Axis, series: Sequence[Series], labels: 
     found = [s for s in series if s.exists]
     if not found:
         return None
-    places = placed([x for s in found for column in s.columns for x, _ in column])
+    places = placed([x for s in found for column in s.columns for x, _ in column], points_of(len(found)))
     rows = [{"series": s.label, "id": f"c{i}", **row} for i, s in enumerate(found) for row in s.rows(places)]
     x = {"field": "x", "type": "quantitative", "title": "step", "axis": _steps(rows), "scale": {"nice": False}}
     y = _value(axis, rows)
