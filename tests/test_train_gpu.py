@@ -49,6 +49,12 @@ def test_micro_batches_add_up() -> None:
     check(errors(model, sequences, "cuda", micro_batch_tokens=250))
 
 
+@pytest.mark.parametrize("again", ["mlp", True])
+@pytest.mark.parametrize("family", ["qwen2", "gemma3"])
+def test_what_is_computed_again(family: str, again: str | bool) -> None:
+    check(errors(small(family), rollout(), "cuda", gradient_checkpointing=again))
+
+
 def test_prefixes_shared_or_not() -> None:
     def alone(agent):
         agent.rules = dataclasses.replace(agent.rules, share_prefixes=False)
