@@ -184,10 +184,10 @@ def tree_attention(plan: TreePlan, query: Tensor, key: Tensor, value: Tensor, se
     masks = plan.masks(settings.window, query.dtype, query.device)
     queries = query.split([block.end - block.start for block in plan.blocks], dim=2)
     # One split, not a slice a block: a slice's backward fills a whole row with zeros.
-    keys, values = key.split(plan.chunk_sizes, dim=2), value.split(plan.chunk_sizes, dim=2)
+    keys, values = key.split(plan.cut.sizes, dim=2), value.split(plan.cut.sizes, dim=2)
     outputs = [
         block_attention(q, _join(keys, chunks), _join(values, chunks), mask, settings).transpose(1, 2)
-        for q, chunks, mask in zip(queries, plan.block_chunks, masks, strict=True)
+        for q, chunks, mask in zip(queries, plan.cut.chunks, masks, strict=True)
     ]
     return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0].contiguous()
 

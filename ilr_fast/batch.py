@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Literal
 
 import numpy as np
@@ -131,7 +131,7 @@ def _weigh(sequences: Sequence[TrainingSequence], rules: BatchRules) -> list[_Ke
     lengths = [sum(t.end - t.start for t in turns) for turns in live]
     firsts = [0, *accumulate(lengths)]
     return [
-        _Kept(np.array(s.tokens[: turns[-1].end]), turns, tuple(map(weight, turns)), first)
+        _Kept(np.fromiter(s.tokens, dtype=np.int64, count=turns[-1].end), turns, tuple(map(weight, turns)), first)
         for s, turns, first in zip(sequences, live, firsts, strict=False)
         if turns
     ]
@@ -151,7 +151,7 @@ def _pack(sequences: Sequence[_Kept], device: torch.device, share: bool) -> Pack
     def by_token(values: Iterable[float]) -> torch.Tensor:
         return torch.from_numpy(np.repeat(np.fromiter(values, dtype=np.float32), lengths)).to(device)
 
-    logps = np.concatenate([np.array(t.behavior_logps, dtype=np.float32) for _, t, _, _ in turns])
+    logps = np.fromiter(chain.from_iterable(t.behavior_logps for _, t, _, _ in turns), np.float32, sum(lengths))
     return PackedBatch(
         tokens_T=packed.tokens_T,
         positions_T=packed.positions_T,

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from ilr_kernels.gated import gated, gated_backward_
 from ilr_kernels.norm import rms_norm
 from ilr_kernels.rotary import rotary, rotated_split
 from torch import Tensor, nn
@@ -29,7 +28,8 @@ from torch.utils.checkpoint import checkpoint
 from ilr_fast.config import AgentConfig
 from ilr_fast.flash_attention import flash_attention, torch_kernel, usable
 from ilr_fast.fused_block import Block, Norm, Surroundings, block_forward
-from ilr_fast.products import add_products, is_plain, linear, move_together, whole_of
+from ilr_fast.fused_mlp import Gated, GatedMLP
+from ilr_fast.products import is_plain, linear, move_together
 from ilr_fast.tree_plan import TreePlan
 
 # Decoder layers of transformers whose forward is norm → attention, + residual, norm → MLP, + residual.
@@ -146,55 +146,14 @@ def _mlp(module: Any, x: Tensor, *, activation: str, recompute: bool) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     if is_plain(module.gate_proj, module.up_proj, module.down_proj):
         weights = module.gate_proj.weight, module.up_proj.weight, module.down_proj.weight
-        return _MLP.apply(rows, activation, recompute, *weights).view(x.shape)
+        return GatedMLP.apply(rows, activation, recompute, *weights).view(x.shape)
     if recompute and torch.is_grad_enabled():
         return checkpoint(_adapted_mlp, module, rows, activation, use_reentrant=False).view(x.shape)
     return _adapted_mlp(module, rows, activation).view(x.shape)
 
 
 def _adapted_mlp(module: Any, x_TD: Tensor, activation: str) -> Tensor:
-    return module.down_proj(_Gated.apply(module.gate_proj(x_TD), module.up_proj(x_TD), activation))
-
-
-class _MLP(torch.autograd.Function):
-    """down(act(gate x) · up x); the product of gate and up is kept, or formed again, and then overwritten."""
-
-    @staticmethod
-    def forward(ctx, x, activation, recompute, gate, up, down):  # type: ignore[no-untyped-def]
-        both = F.linear(x, whole_of((gate, up)))
-        ctx.save_for_backward(x, None if recompute else both)
-        ctx.rest = activation, gate, up, down
-        return F.linear(gated(*both.chunk(2, -1), activation), down)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        (x, both), (activation, gate, up, down) = ctx.saved_tensors, ctx.rest
-        whole = whole_of((gate, up))
-        both = F.linear(x, whole) if both is None else both
-        out = dy @ down
-        gated_backward_(*both.chunk(2, -1), out, activation)
-        add_products((down,), dy, out)
-        del out
-        add_products((gate, up), both, x)
-        return both @ whole if ctx.needs_input_grad[0] else None, None, None, None, None, None
-
-
-class _Gated(torch.autograd.Function):
-    """act(gate) · up, between layers that are not plain."""
-
-    @staticmethod
-    def forward(ctx, gate, up, activation):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(gate, up)
-        ctx.activation = activation
-        return gated(gate, up, activation)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dout):  # type: ignore[no-untyped-def]
-        gate, up = (x.clone() for x in ctx.saved_tensors)
-        gated_backward_(gate, up, dout.clone(), ctx.activation)
-        return gate, up, None
+    return module.down_proj(Gated.apply(module.gate_proj(x_TD), module.up_proj(x_TD), activation))
 
 
 def _layer(

@@ -30,23 +30,11 @@ from torch import Tensor
 
 from ilr_fast.prefixes import common_prefix, sorting_key
 from ilr_fast.segments import KeyRun, Segments, make_segments
+from ilr_fast.tree_blocks import Block, Blocks, cut_blocks, nodes_of
 
 # Query-key cells that cost as much as one more attention call (forward and backward, measured with SmolLM2's heads).
 CPU_BLOCK_OVERHEAD = 4096
 CUDA_BLOCK_OVERHEAD = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """Queries rows start:end; `stem` are the row ranges of their common ancestors, oldest first."""
-
-    start: int
-    end: int
-    stem: tuple[tuple[int, int], ...]
-
-    @property
-    def ranges(self) -> tuple[tuple[int, int], ...]:
-        return (*self.stem, (self.start, self.end))
 
 
 @dataclass(slots=True)
@@ -59,9 +47,8 @@ class TreePlan:
 
     positions_T: np.ndarray
     subtree_end_T: np.ndarray
-    blocks: tuple[Block, ...]
-    chunk_sizes: tuple[int, ...]  # the row cut at every border of a block or stem
-    block_chunks: tuple[tuple[int, ...], ...]  # the chunks that hold each block's keys
+    block_overhead: int  # query-key cells that cost as much as one more attention call
+    _cut: Blocks | None = None
     _masks: dict[tuple[int | None, torch.dtype, torch.device], list[Tensor | None]] = field(default_factory=dict)
     _segments: dict[torch.device, Segments] = field(default_factory=dict)
     _runs: list[KeyRun] | None = None
@@ -70,6 +57,18 @@ class TreePlan:
     def tokens(self) -> int:
         """T."""
         return len(self.positions_T)
+
+    @property
+    def cut(self) -> Blocks:
+        """The row in blocks, made when masks are first needed: a kernel that takes `segments` needs none."""
+        if self._cut is None:
+            self._cut = cut_blocks(self.positions_T, self.subtree_end_T, self.block_overhead)
+        return self._cut
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """In order; together they hold every row once."""
+        return self.cut.blocks
 
     @property
     def shares_prefixes(self) -> bool:
@@ -100,7 +99,7 @@ class TreePlan:
         """Of each node, in order: its rows start:end and the rows of its keys."""
         if self._runs is None:
             self._runs = []
-            waiting = [(node, np.empty(0, dtype=np.int64)) for node in _nodes(self.positions_T, self.subtree_end_T)]
+            waiting = [(node, np.empty(0, dtype=np.int64)) for node in nodes_of(self.positions_T, self.subtree_end_T)]
             while waiting:
                 node, above = waiting.pop()
                 rows = np.concatenate([above, np.arange(node.start, node.end)])
@@ -167,7 +166,7 @@ def pack_sequences(
     if block_overhead is None:
         block_overhead = CPU_BLOCK_OVERHEAD if device.type == "cpu" else CUDA_BLOCK_OVERHEAD
     tokens, positions, subtree_end, index = _lay_out(sequences, share_prefixes)
-    plan = _plan(positions, subtree_end, block_overhead)
+    plan = TreePlan(positions, subtree_end, block_overhead)
     return PackedSequences(
         tokens_T=torch.as_tensor(tokens, device=device),
         positions_T=torch.as_tensor(positions, device=device),
@@ -191,7 +190,7 @@ def tree_plan(trees: Sequence[tuple[int, Sequence[int]]], *, block_overhead: int
             total += branch
             positions.append(np.arange(prefix, prefix + branch))
             subtree_end.append(np.full(branch, total))
-    return _plan(np.concatenate(positions), np.concatenate(subtree_end), block_overhead)
+    return TreePlan(np.concatenate(positions), np.concatenate(subtree_end), block_overhead)
 
 
 def _lay_out(
@@ -217,81 +216,3 @@ def _lay_out(
         total += len(array) - common
     subtree_end[path] = total
     return np.concatenate(tokens), np.concatenate(positions), subtree_end[:total], index
-
-
-@dataclass(slots=True)
-class _Node:
-    """A run of rows with the same descendants; `end` closes the run, `close` the subtree."""
-
-    start: int
-    end: int
-    close: int
-    depth: int  # tokens above it
-    children: list[_Node] = field(default_factory=list)
-
-
-def _plan(positions: np.ndarray, subtree_end: np.ndarray, overhead: int) -> TreePlan:
-    blocks: list[Block] = []
-    _cut(_nodes(positions, subtree_end), (), 0, overhead, blocks)
-    blocks.sort(key=lambda block: block.start)
-    borders = sorted({edge for block in blocks for piece in block.ranges for edge in piece})
-    place = {edge: n for n, edge in enumerate(borders)}
-    chunks = tuple(tuple(n for start, end in block.ranges for n in range(place[start], place[end])) for block in blocks)
-    sizes = tuple(end - start for start, end in zip(borders, borders[1:], strict=False))
-    return TreePlan(positions, subtree_end, tuple(blocks), sizes, chunks)
-
-
-def _nodes(positions: np.ndarray, subtree_end: np.ndarray) -> list[_Node]:
-    """The trees' nodes, from the preorder arrays."""
-    new = np.ones(len(positions), dtype=bool)
-    new[1:] = (np.diff(positions) != 1) | (np.diff(subtree_end) != 0)
-    starts = np.flatnonzero(new)
-    ends = np.append(starts[1:], len(positions))
-    roots: list[_Node] = []
-    open_nodes: list[_Node] = []
-    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
-        node = _Node(start, end, int(subtree_end[start]), int(positions[start]))
-        while open_nodes and open_nodes[-1].close <= start:
-            open_nodes.pop()
-        (open_nodes[-1].children if open_nodes else roots).append(node)
-        open_nodes.append(node)
-    return roots
-
-
-def _cost(size: int, depth: int, overhead: int) -> int:
-    return size * (depth + size) + overhead
-
-
-def _best(node: _Node, overhead: int) -> int:
-    """The least cost of a subtree: as one block, or cut into its stem and its children, each at its best."""
-    whole = _cost(node.close - node.start, node.depth, overhead)
-    if not node.children or whole <= 2 * overhead:
-        return whole
-    stem = _cost(node.end - node.start, node.depth, overhead)
-    return min(whole, stem + sum(_best(child, overhead) for child in node.children))
-
-
-def _cut(
-    siblings: list[_Node], stem: tuple[tuple[int, int], ...], depth: int, overhead: int, blocks: list[Block]
-) -> None:
-    """Adds the blocks of neighbouring subtrees: neighbours are joined while that is cheaper than one more call."""
-    start = end = siblings[0].start
-    for node in siblings:
-        size = node.close - node.start
-        if _best(node, overhead) < _cost(size, depth, overhead):
-            _close(start, end, stem, blocks)
-            blocks.append(Block(node.start, node.end, stem))
-            _cut(node.children, (*stem, (node.start, node.end)), depth + node.end - node.start, overhead, blocks)
-            start = end = node.close
-            continue
-        apart = _cost(end - start, depth, overhead) + _cost(size, depth, overhead)
-        if end > start and _cost(node.close - start, depth, overhead) >= apart:
-            _close(start, end, stem, blocks)
-            start = node.start
-        end = node.close
-    _close(start, end, stem, blocks)
-
-
-def _close(start: int, end: int, stem: tuple[tuple[int, int], ...], blocks: list[Block]) -> None:
-    if end > start:
-        blocks.append(Block(start, end, stem))

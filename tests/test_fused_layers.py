@@ -18,6 +18,7 @@ from ilr_fast.activations import How, layer_bytes
 from ilr_fast.attention import PackedSequences, pack_sequences, packed_forward
 from ilr_fast.config import LoraConfig
 from ilr_fast.fused_layers import fuse
+from ilr_fast.fused_mlp import Gated
 from ilr_fast.model_shape import shape_of
 from ilr_fast.products import joined
 
@@ -150,8 +151,8 @@ def test_rotary_by_differences() -> None:
 def test_gated_backward_overwrites(activation: str) -> None:
     gate, up, dout = torch.randn(3, 5, 7, dtype=torch.float64).unbind()
     gate, up = gate.requires_grad_(), up.requires_grad_()
-    out = fused_layers._Gated.apply(gate, up, activation)
-    assert torch.autograd.gradcheck(lambda g, u: fused_layers._Gated.apply(g, u, activation), (gate, up))
+    out = Gated.apply(gate, up, activation)
+    assert torch.autograd.gradcheck(lambda g, u: Gated.apply(g, u, activation), (gate, up))
     out.backward(dout)
     both = torch.cat([gate, up], 1).detach()
     g, u = both.chunk(2, -1)

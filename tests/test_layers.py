@@ -24,9 +24,10 @@ LAYERS = {
     "what a run is made of": """ilr_kernels.* config config_* data benchmark_sets choices tasks tasks.* rewards
         rewards.* protocols protocols.* chat prompts models model_folder convert convert_* hub rows environment
         dialogue_rows transcripts""",
-    "one agent": """engines engines.* attention flash_attention fused_layers fused_block products segments
-        tree_plan prefixes micro_batches agent batch credit gradients in_place loading optimizer parked step_meter
-        weights memory model_shape activations copies host_states out_of_memory quantized""",
+    "one agent": """engines engines.* attention flash_attention fused_layers fused_block fused_mlp products
+        segments tree_plan tree_blocks prefixes micro_batches agent batch credit gradients in_place loading
+        optimizer parked step_meter weights memory model_shape activations copies host_states out_of_memory
+        quantized""",
     "agents together": """hosts hosts.* residency team rollout context score groups ability difficulty ranking
         ranking_* checkpoint failures metrics trackers steplog progress runfolder plan fill_in plan_command
         plan_table""",
