@@ -67,6 +67,7 @@ def _draw_curves(axis: Any, found: Sequence[Mapping[str, Any]], agent: str) -> N
             lows, highs = ([100 * f(values) for values in zip(*lines, strict=True)] for f in (min, max))
             axis.fill_between(steps, lows, highs, color=COLOURS[method], alpha=0.12, linewidth=0)
     axis.set(title=f"{agent}: first answers in training", xlabel="step", ylabel="right, %")
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.25)
     if axis.lines:
         axis.legend(frameon=False, fontsize=8)
@@ -86,5 +87,5 @@ def _draw_results(axis: Any, rows: Sequence[Mapping[str, Any]], agent: str) -> N
     for row in rows:
         if row["method"] == "base":
             axis.axvline(100 * row["accuracy"], color=COLOURS["base"], linestyle="--", linewidth=1)
-    axis.set(title=f"{agent}: held out, alone, 95% over questions and seeds", xlabel="right, %")
+    axis.set(title=f"{agent}: held out, alone", xlabel="right, %, with 95% interval")
     axis.grid(alpha=0.25, axis="x")
