@@ -1,9 +1,11 @@
 """Bytes that a forward and backward pass over T packed tokens holds beside weights and gradients.
 
-    saved       what every layer keeps for its backward pass, all layers together; with recomputation a layer keeps its
-                input alone, and one layer at a time has all of its own; `mlp` recomputes gate and up of one layer
-    passing     what one layer's backward pass makes while it runs
-    stream      the residual stream, its gradient and the final hidden states
+    saved       what every layer keeps for its backward pass, all layers together, and the final hidden states; with
+                recomputation a layer keeps its input alone
+    passing     what one layer's backward pass makes while it runs: with recomputation all that the layer keeps first;
+                `mlp` recomputes gate and up
+
+The LM head's logits are there when all is saved and nothing passes yet, so the worst moment has the larger of the two.
 
 By token and layer, in numbers of the weights' precision s (h hidden, q and k widths of the query and key heads,
 i intermediate), and 4 bytes a head for the log-sum-exp of attention:
@@ -28,15 +30,10 @@ from ilr_fast.model_shape import ModelShape
 
 @dataclass(frozen=True, slots=True)
 class Activations:
-    """Bytes; `peak` is what all of them take together at the worst moment."""
+    """Bytes."""
 
     saved: int
     passing: int
-    stream: int
-
-    @property
-    def peak(self) -> int:
-        return self.saved + self.passing + self.stream
 
 
 How = Literal["plain", "modules", "block"]
@@ -56,8 +53,8 @@ def passing_bytes(shape: ModelShape, size: int, how: How = "plain", recompute: R
     """What one layer's backward pass makes while it runs, by token: gradients of the widest products."""
     if how == "plain":
         return size * (3 * shape.intermediate + 2 * shape.hidden) + 4 * shape.hidden
-    made = {"modules": 3, "block": 1}[how] + (2 if recompute == "mlp" else 0)  # gate and up are overwritten
-    return size * (made * shape.intermediate + 4 * shape.hidden)
+    made = {"modules": 2, "block": 1}[how] + (2 if recompute == "mlp" else 0)  # gate and up are overwritten
+    return size * (made * shape.intermediate + shape.hidden)
 
 
 def activations(
@@ -67,7 +64,7 @@ def activations(
     layer, passing = layer_bytes(shape, size, how, recompute), passing_bytes(shape, size, how, recompute)
     saved = size * shape.hidden * shape.layers if recompute is True else layer * shape.layers
     stream = size * 3 * shape.hidden
-    return Activations(tokens * saved, tokens * (passing + (layer if recompute is True else 0)), tokens * stream)
+    return Activations(tokens * (saved + stream), tokens * (passing + (layer if recompute is True else 0)))
 
 
 def forward_bytes(shape: ModelShape, tokens: int, *, size: int) -> int:

@@ -22,7 +22,7 @@ from typing import Literal
 
 from ilr_kernels.chunks import held_bytes, rows_of
 
-from ilr_fast.activations import How, Recompute, activations, forward_bytes
+from ilr_fast.activations import Activations, How, Recompute, activations, forward_bytes
 from ilr_fast.config import AgentConfig, Config, EngineConfig
 from ilr_fast.model_shape import ModelShape
 
@@ -51,8 +51,8 @@ class AgentMemory:
     """Bytes on the device, but for the last two, which are the host's.
 
     Always there: weights (adapters and a reference included), copies, moments. `cache` and `engine` (a copy of the
-    weights, its work space) while it generates; `gradients` and `activations` with `head` in a backward pass, and
-    `step` beyond the gradients while AdamW works.
+    weights, its work space) while it generates; `gradients` and `activations` in a pass, with the larger of `head`
+    (before the backward pass) and `passing` (in it); and `step` beyond the gradients while AdamW works.
     """
 
     weights: int
@@ -62,6 +62,7 @@ class AgentMemory:
     engine: int
     gradients: int
     activations: int
+    passing: int
     head: int
     step: int
     host_states: int
@@ -75,7 +76,7 @@ class AgentMemory:
     @property
     def update(self) -> int:
         """What an update takes beside what is always there."""
-        return self.gradients + max(self.activations + self.head, self.step)
+        return self.gradients + max(self.activations + max(self.passing, self.head), self.step)
 
 
 def agent_memory(agent: AgentConfig, config: Config, shape: ModelShape, use: Use) -> AgentMemory:
@@ -88,6 +89,7 @@ def agent_memory(agent: AgentConfig, config: Config, shape: ModelShape, use: Use
     copies, moments = _states(agent, shape, size)
     away = agent.optimizer.offload == "host"
     gradients = _gradients(agent, shape, size)
+    passes = _activations(agent, shape, size, use)
     return AgentMemory(
         weights=base + sum(adapters) * size + reference,
         copies=0 if away else copies,
@@ -95,7 +97,8 @@ def agent_memory(agent: AgentConfig, config: Config, shape: ModelShape, use: Use
         cache=_cache(agent.engine, shape, size, use),
         engine=_engine(agent, shape, size, use),
         gradients=gradients,
-        activations=_activations(agent, shape, size, use),
+        activations=passes.saved,
+        passing=passes.passing + (_unpacked(agent, shape, size) if agent.train != "none" else 0),
         head=_head(agent, shape, size, use),
         step=_step(agent, shape, size, gradients),
         host_states=copies + moments if away else 0,
@@ -185,17 +188,16 @@ def _engine(agent: AgentConfig, shape: ModelShape, size: int, use: Use) -> int:
     return rows * vocabulary * (size + 16) + max(scores, prompts) + _unpacked(agent, shape, size)
 
 
-def _activations(agent: AgentConfig, shape: ModelShape, size: int, use: Use) -> int:
+def _activations(agent: AgentConfig, shape: ModelShape, size: int, use: Use) -> Activations:
     if agent.train == "none":
-        return 0
+        return Activations(0, 0)
     given = agent.gradient_checkpointing
     recompute: Recompute = False if given == "auto" else given
     fused = agent.fused_layers == "on" or (agent.fused_layers == "auto" and use.device != "cpu")
     if fused and agent.train == "lora" and recompute == "mlp":
         recompute = False  # fused MLPs with adapters are not computed again
     how: How = "plain" if not fused else "block" if agent.train == "full" and recompute is not True else "modules"
-    found = activations(shape, micro_batch(agent, use), size=size, recompute=recompute, how=how)
-    return found.peak + _unpacked(agent, shape, size)
+    return activations(shape, micro_batch(agent, use), size=size, recompute=recompute, how=how)
 
 
 def _unpacked(agent: AgentConfig, shape: ModelShape, size: int) -> int:

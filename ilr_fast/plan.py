@@ -195,11 +195,14 @@ def _phase(name: str, parts: Sequence[Part]) -> Phase:
 
 
 def _update(name: str, memory: AgentMemory) -> list[Part]:
-    """The worse of two moments: the first layers of a backward pass, and AdamW at work."""
+    """The worst of three moments: the LM head's, a layer's backward pass, AdamW at work."""
     parts = [Part(name, "gradients", memory.gradients)]
-    if memory.step > memory.activations + memory.head:
+    if memory.step > memory.activations + max(memory.head, memory.passing):
         return [*parts, Part(name, "AdamW's step", memory.step)]
-    return [*parts, Part(name, "activations", memory.activations), Part(name, "LM head", memory.head)]
+    parts.append(Part(name, "activations", memory.activations))
+    if memory.head >= memory.passing:
+        return [*parts, Part(name, "LM head", memory.head)]
+    return [*parts, Part(name, "a layer's backward", memory.passing)]
 
 
 def _updates(config: Config, memories: Mapping[str, AgentMemory]) -> list[tuple[str, ...]]:

@@ -120,7 +120,7 @@ def test_the_cache_does_not_grow_beyond_the_context():
 def test_more_tokens_take_more_and_recomputation_less():
     shape = shape_of(small_model("llama").config)
     for size, how in itertools.product((2, 4), ("block", "modules", "plain")):
-        peaks = [activations(shape, t, size=size, how=how, recompute=False).peak for t in (64, 128, 1024)]
+        peaks = [activations(shape, t, size=size, how=how, recompute=False).saved for t in (64, 128, 1024)]
         assert peaks == sorted(peaks) and peaks[0] < peaks[1]
         saved = [activations(shape, 128, size=size, how=how, recompute=again).saved for again in (True, "mlp", False)]
         assert saved[0] < saved[1] < saved[2]
