@@ -17,7 +17,7 @@ from ilr_fast.report.stances import StanceTally
 from ilr_fast.report.survey import survey
 from ilr_fast.report.vega import Axis, curves, stacked
 from ilr_fast.statistics import mean_interval
-from ilr_fast.transcripts import Spoken, Transcript, read_transcripts
+from ilr_fast.transcripts import Spoken, Transcript, _without_tokens, read_transcripts
 
 
 def spoken(stage, correct, *, mode="cooperation", reward=1.0, calibrated=1.0):
@@ -118,6 +118,8 @@ def test_token_lists_are_passed_over_and_texts_with_their_marks_are_not(tmp_path
     trap = 'he said , "prompt_ids": [1, 2], "token_ids": [3]} and went'
     rows[0]["agents"]["gemma"][1]["text"] = trap
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    short = _without_tokens(file.read_bytes().splitlines()[0])
+    assert set(rows[0]) == set(json.loads(short)) and b'"token_ids": [12345' not in short and len(short) < 4000
     read = read_transcripts(run, 1)
     assert read[0].agents["gemma"][1].text == trap and len(read) == len(rows)
     assert [s.text for s in read[1].agents["smollm2"]] == [t["text"] for t in rows[1]["agents"]["smollm2"]]
