@@ -281,13 +281,22 @@ def test_outcomes_outside_the_run_are_not_read(tmp_path, full):
     assert run.outcomes({"agent": "gemma", "outcomes": str(outside)}) == {}
 
 
+def test_a_folder_of_runs_is_all_of_them(tmp_path):
+    for seed in (1, 2):
+        make_run(tmp_path / "ablation" / f"ilr-seed{seed}", seed=seed, steps=1)
+    (tmp_path / "ablation" / "logs").mkdir()
+    page, _ = made([tmp_path / "ablation"])
+    assert (tmp_path / "ablation" / "report.html").read_text() == page and "300, 2 seeds" in page
+    assert [run.name for run in read_runs([tmp_path / "ablation"])] == ["ilr-seed1", "ilr-seed2"]
+
+
 def test_errors(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         report([tmp_path / "nowhere"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="not a run folder"):
+        report([tmp_path / "empty"])
     make_run(tmp_path / "one", steps=1)
-    with pytest.raises(UserError) as error:
-        report([tmp_path])
-    assert "one" in error.value.remedy
     with pytest.raises(UserError, match="the same run twice"):
         report([tmp_path / "one", tmp_path / "one"])
 

@@ -25,9 +25,9 @@ def report(
 ) -> Path:
     """Writes the page of one run or several and prints their tables. Returns the page's path.
 
-    `out`: the file to write; by default report.html in the (first) run's folder. `figures`: a folder for every figure
-    as PDF and CSV. `console`: where the tables go. Raises UserError for a folder that is no run, the same run twice,
-    and a place that can't be written.
+    `runs`: run folders, or folders that hold some. `out`: the file to write; by default report.html in the first one.
+    `figures`: a folder for every figure as PDF and CSV. `console`: where the tables go. Raises UserError for a folder
+    that is no run, the same run twice, and a place that can't be written.
     """
     content = read_content(read_runs(runs))
     path = out or runs[0] / "report.html"

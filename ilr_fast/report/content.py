@@ -29,9 +29,11 @@ class Content:
     def quota(self) -> int:
         return quota(len(self.runs))
 
-    def colours(self, run: Run) -> dict[str, int]:
-        """The palette's number by agent in what a run's agents said; an arm's own colours are in vega.py."""
-        return {agent: i for i, agent in enumerate(run.agents)}
+    @property
+    def agents(self) -> list[str]:
+        """All agents, in the order in which those of the largest run take part; the order of their colours."""
+        runs = sorted(self.runs, key=lambda run: -len(run.agents))
+        return list(dict.fromkeys(agent for run in runs for agent in run.agents))
 
 
 def read_content(runs: Sequence[Run]) -> Content:

@@ -97,9 +97,9 @@ def render_page(content: Content) -> tuple[str, list[Figure]]:
 
 
 def _results(content: Content, numbered: Numbered) -> dict[str, Any]:
-    groups, with_arm = content.groups, len(content.arms) > 1
+    groups, agents, with_arm = content.groups, content.agents, len(content.arms) > 1
     return {
-        "figures": numbered([*accuracy_figures(groups, with_arm=with_arm), *ratio_figures(groups)]),
+        "figures": numbered([*accuracy_figures(groups, agents, with_arm=with_arm), *ratio_figures(groups, agents)]),
         "benchmarks": _plains(benchmark_tables(groups, with_arm=with_arm)),
         "modes": _plains(mode_tables(groups, with_arm=with_arm)),
         "groups": _plains([result_table(g, with_arm=with_arm) for g in groups if g.mode == "single"]),

@@ -12,7 +12,7 @@ from ilr_fast.report.vega import Axis, Figure, dots
 AXIS = Axis("right answers", "percent")
 
 
-def accuracy_figures(groups: Sequence[Group], *, with_arm: bool) -> list[Figure]:
+def accuracy_figures(groups: Sequence[Group], agents: Sequence[str], *, with_arm: bool) -> list[Figure]:
     """A figure for each benchmark and mode: methods below one another, agents in colours."""
     figures = []
     for benchmark, mode, samples in dict.fromkeys((g.benchmark, g.mode, g.samples) for g in groups):
@@ -22,11 +22,11 @@ def accuracy_figures(groups: Sequence[Group], *, with_arm: bool) -> list[Figure]
         where = "alone" if mode == "single" else mode
         note = f"{where}, 95% intervals" + (f", {samples} answers each" if samples > 1 else "")
         figures.append(dots(f"Accuracy on {benchmark}", note, AXIS, rows, across="", names=names, upright=False,
-                            labels=_agents(groups)))  # fmt: skip
+                            labels=agents))  # fmt: skip
     return [figure for figure in figures if figure]
 
 
-def ratio_figures(groups: Sequence[Group]) -> list[Figure]:
+def ratio_figures(groups: Sequence[Group], agents: Sequence[str]) -> list[Figure]:
     """Accuracy by fixed share of cooperation, where two or more were trained; dynamic interaction beside them."""
     figures = []
     for benchmark, mode in dict.fromkeys((g.benchmark, g.mode) for g in groups):
@@ -42,14 +42,10 @@ def ratio_figures(groups: Sequence[Group]) -> list[Figure]:
                 if ratio is not None or line.method == "ilr":
                     rows.append(_row("dynamic" if ratio is None else f"{ratio:g}", group.agent, line))
         figures.append(dots(f"Share of cooperation: {benchmark}", "alone" if mode == "single" else mode, AXIS, rows,
-                            across="share of cooperation", names=names, labels=_agents(groups)))  # fmt: skip
+                            across="share of cooperation", names=names, labels=agents))  # fmt: skip
     return [figure for figure in figures if figure]
 
 
 def _row(name: str, agent: str, line: Line) -> dict[str, Any]:
     low, high = line.ci95 or (line.accuracy, line.accuracy)
     return {"name": name, "series": agent, "y": line.accuracy, "low": low, "high": high, "n": line.n}
-
-
-def _agents(groups: Sequence[Group]) -> list[str]:
-    return list(dict.fromkeys(group.agent for group in groups))

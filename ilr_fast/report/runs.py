@@ -100,9 +100,9 @@ def read_run(path: Path, name: str | None = None) -> Run:
     """Reads a run folder. UserError where it is none."""
     if not path.is_dir():
         raise UserError("there is no such folder", str(path), "give a run folder (the key `run` of its config)")
-    if not any((path / f).exists() for f in ("config.yaml", "metrics.jsonl", "results.json")):
+    if not _is_run(path):
         raise UserError("not a run folder: no config.yaml, metrics.jsonl or results.json in it", str(path),
-                        _runs_below(path) or "give the folder that `ilr-fast train` wrote")
+                        "give the folder that `ilr-fast train` wrote, or one that holds such folders")
     by_step = {row["step"]: row for row in read_jsonl(path / "metrics.jsonl") if isinstance(row.get("step"), int)}
     return Run(
         path,
@@ -116,8 +116,8 @@ def read_run(path: Path, name: str | None = None) -> Run:
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Several runs, each under a name of its own (as much of the path as tells them apart)."""
-    resolved = [p.resolve() for p in paths]
+    """Several runs, each under a name of its own (as much of the path as tells them apart); a folder of runs is all."""
+    resolved = [run.resolve() for path in paths for run in (runs_below(path) or [path])]
     if len(set(resolved)) < len(resolved):
         raise UserError("the same run twice", ", ".join(map(str, paths)), "name each run once")
     runs = []
@@ -178,6 +178,10 @@ def _read_json(path: Path, kind: type) -> Any:
     return value if isinstance(value, kind) else kind()
 
 
-def _runs_below(path: Path) -> str:
-    found = sorted(p.parent.name for p in path.glob("*/config.yaml"))
-    return f"runs in it: {', '.join(found[:12])}" if found else ""
+def runs_below(path: Path) -> list[Path]:
+    """The runs in a folder that is no run itself, such as an ablation's; [] for a run."""
+    return [] if _is_run(path) else sorted(file.parent for file in path.glob("*/config.yaml"))
+
+
+def _is_run(path: Path) -> bool:
+    return any((path / file).exists() for file in ("config.yaml", "metrics.jsonl", "results.json"))

@@ -6,7 +6,7 @@ data set's levels where there is no D.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ class StanceTally:
     difficulty: Mapping[str, Mapping[str, float]]
     n: Counter[Key] = field(default_factory=Counter)
     right: Counter[Key] = field(default_factory=Counter)
-    _edges: dict[str, list[float]] = field(default_factory=dict)
+    _ordered: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, transcript: Transcript) -> None:
         """Counts the first and the last answer of every agent of one dialogue."""
@@ -49,17 +49,17 @@ class StanceTally:
         known = self.difficulty.get(agent) or {}
         value = known.get(transcript.question_id)
         if value is not None:
-            if agent not in self._edges:
-                self._edges[agent] = fifths(list(known.values()))
-            return FIFTHS[bisect_right(self._edges[agent], value)]
+            if agent not in self._ordered:
+                self._ordered[agent] = sorted(known.values())
+            return fifth(self._ordered[agent], value)
         return "unknown" if transcript.level is None else f"level {transcript.level}"
 
 
-def fifths(values: Sequence[float]) -> list[float]:
-    """The four values that part the numbers into fifths of equal count; equal numbers stay together.
+def fifth(ordered: Sequence[float], value: float) -> str:
+    """The fifth of the ascending numbers that a value of theirs is in; equal numbers stay together, at their middle.
 
-    >>> fifths([1, 2, 3, 4, 5])
-    [2, 3, 4, 5]
+    >>> fifth([1, 2, 3, 4, 5], 2), fifth([0, 0, 0, 1, 1, 1], 0), fifth([0, 0, 0, 1, 1, 1], 1)
+    ('easier', 'easier', 'harder')
     """
-    ordered = sorted(values)
-    return [ordered[len(ordered) * k // 5] for k in range(1, 5)]
+    middle = (bisect_left(ordered, value) + bisect_right(ordered, value)) / 2
+    return FIFTHS[min(4, int(5 * middle / len(ordered)))]

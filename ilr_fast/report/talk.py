@@ -43,7 +43,7 @@ def calibration_part(content: Content, numbered: Numbers) -> dict[str, Any] | No
         tally = reduce(add, (survey.calibration for survey in _surveys(content, arm)))
         note = calibration_note(tally) if len(arm.agents) > 1 else ""
         if note:
-            figures.append(calibration_figure(tally, arm.agents, f" · {title}" if title else ""))
+            figures.append(calibration_figure(tally, content.agents, f" · {title}" if title else ""))
             notes.append(f"{title}: {note}" if title else note)
     return {"figures": numbered(f for f in figures if f), "notes": notes} if notes else None
 
@@ -74,12 +74,12 @@ def dialogue_part(content: Content) -> dict[str, Any] | None:
 
 def spoken(content: Content) -> str:
     """The kept dialogues, packed; where they are more than SPOKEN_BYTES, the last of every run are left out."""
-    share = 1.0
+    share, colours = 1.0, {agent: i for i, agent in enumerate(content.agents)}
     while True:
         dialogues = []
         for number, run in enumerate(content.runs):
             kept = content.surveys[run.name].kept
-            dialogues += dialogue_data(number, kept[: round(len(kept) * share)], content.colours(run))
+            dialogues += dialogue_data(number, kept[: round(len(kept) * share)], colours)
         text = packed({"runs": [run.name for run in content.runs], "dialogues": dialogues})
         if len(text) <= SPOKEN_BYTES or not dialogues:
             return text

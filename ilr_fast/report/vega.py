@@ -7,6 +7,7 @@ in all figures by `labels`, the full list of names.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, floor, log10
@@ -64,7 +65,8 @@ def curves(title: str, note: str, axis: Axis, series: Sequence[Series], labels: 
         layers.append(_layer({"type": "line", "strokeWidth": 1, "opacity": 0.3}, base, y={**y, "field": "raw"}))
     dashed = _dashes(found, colour)
     layers.append(_layer({"type": "line", "strokeWidth": 2}, base, y=y, **dashed))
-    if any(s.sparse for s in found) or len(places) <= 2:
+    values = Counter(row["id"] for row in rows if row["y"] is not None)
+    if any(s.sparse for s in found) or min(values.values()) == 1:
         layers.append(_layer({"type": "point", "filled": True, "size": 36, "opacity": 1}, base, y=y))
     spec = _framed(rows, [*layers, _pointer(x, axis.unit, found)])
     columns = {"series": "series", "x": "step", "y": "value", "low": "low", "high": "high", "raw": "raw"}
