@@ -100,7 +100,7 @@ def verify(request: dict[str, Any] | None) -> dict[str, Any]:
         return {}
 
     def read(latex: str) -> list[Any]:
-        plain = latex.replace(r"\$", "").replace("$", "")
+        plain = latex.replace(r"\$", "").replace("$", "").strip().removesuffix(".")  # "8/5 + 1/5 i." reads as 1/5
         return parse(rf"\boxed{{{plain}}}", [LatexExtractionConfig(boxed_match_priority=0)], parsing_timeout=0)
 
     gold = read(request["gold"])
