@@ -77,10 +77,9 @@ class Bench:
         self.peak = None if device == "cpu" else peak_of_products()
 
     def measure(self, load: str, given: Sequence[TrainingSequence], share: bool) -> dict[str, Any]:
-        """One row; before the first there is a step whose time is not counted."""
+        """One row; the first step with these sequences is told apart, since libraries load kernels for new lengths."""
         self.agent.rules = replace(self.agent.rules, share_prefixes=share)
-        if not self.steps:
-            self._step(given)
+        first, _ = self._step(given)
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         norm, seconds = 0.0, []
@@ -99,6 +98,7 @@ class Bench:
             f"Qwen2 {count(self.agent.model) / 1e9:.2g}B, {len(given)} sequences, {tokens} tokens",
             seconds,
             limit_seconds=operations / self.peak if self.peak else None,
+            first_ms=1e3 * first,
             mfu=operations / median / self.peak if self.peak else None,
             peak_tflops=self.peak and self.peak / 1e12,
             us_per_token=1e6 * median / distinct,

@@ -32,7 +32,7 @@ from ilr_fast.types import Credited
 MAY_DIFFER = (
     "run", "steps", "method", "threads", "hang_limit", "max_failed_share", "memory_check", "checkpoint.*", "log.*",
     "evaluate.*", "reward.workers", "agents.*.device", "agents.*.host", "agents.*.engine.slots",
-    "agents.*.micro_batch_tokens", "agents.*.gradient_checkpointing", "agents.*.logits_mib",
+    "agents.*.micro_batch_tokens", "agents.*.gradient_checkpointing", "agents.*.fused_layers", "agents.*.logits_mib",
     "agents.*.optimizer.offload", "agents.*.engine.cache_gib", "agents.*.engine.sleep",
 )  # fmt: skip
 # `examples`: how many a few-shot base was shown; `samples`: answers to each question.
