@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from gradient_cases import agent_of, distance, gradients, plain_gradients, rollout, small
 from ilr_kernels.gated import gated, gated_backward_
 from ilr_kernels.norm import rms_norm
@@ -132,6 +134,15 @@ def test_a_copy_of_a_fused_model_computes_with_its_own_weights() -> None:
         parameter.data.mul_(0.5)
     torch.testing.assert_close(model(ids).logits, before)
     assert not torch.allclose(other(ids).logits, before, rtol=1e-2)
+
+
+def test_weights_in_one_place_are_saved_one_by_one(tmp_path: Path) -> None:
+    agent = agent_of(small("qwen2"), "cpu", fused_layers="on")
+    agent.model.save_pretrained(tmp_path)
+    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    own = agent.model.state_dict()
+    assert own.keys() == saved.keys() and all(torch.equal(own[name], saved[name]) for name in own)
+    assert sum(f.stat().st_size for f in tmp_path.glob("*.safetensors")) < 1.1 * 4 * agent.model.num_parameters()
 
 
 @pytest.mark.parametrize("one_plus", [False, True])
