@@ -73,7 +73,7 @@ def settle(config: Config, contexts: Mapping[str, int]) -> tuple[Config, RunPlan
     shapes, machine = shapes_of(config), machine_at_hand()
     settled = fill_in(config, shapes, machine, contexts)
     planned = plan_run(settled, shapes, machine, contexts)
-    if not planned.fits and config.memory_check == "refuse":
+    if not _may_begin(planned) and config.memory_check == "refuse":
         raise does_not_fit(planned, remedies(settled, shapes, machine, contexts), "the config")
     return settled, planned
 
@@ -97,6 +97,14 @@ def filled(config: Config, settled: Config) -> list[str]:
     """What was filled in, as key=value."""
     before, after = dict(walk_values(to_tree(config))), dict(walk_values(to_tree(settled)))
     return [f"{key}={str(after[key]).lower()}" for key in after if after[key] != before.get(key)]
+
+
+def _may_begin(planned: RunPlan) -> bool:
+    """Cards hold what they have. The host's memory is planned from above, and gives way; half more than there is not."""
+    host = planned.host
+    return all(d.fits for d in planned.devices) and (
+        host.capacity is None or host.worst.total <= 1.5 * host.capacity
+    )
 
 
 def _excess(device: DevicePlan) -> int:
