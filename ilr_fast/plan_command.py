@@ -100,11 +100,9 @@ def filled(config: Config, settled: Config) -> list[str]:
 
 
 def _may_begin(planned: RunPlan) -> bool:
-    """Cards hold what they have. The host's memory is planned from above, and gives way; half more than there is not."""
+    """Cards hold what they have. The host's memory is planned from above, and gives way; not by half, though."""
     host = planned.host
-    return all(d.fits for d in planned.devices) and (
-        host.capacity is None or host.worst.total <= 1.5 * host.capacity
-    )
+    return all(d.fits for d in planned.devices) and (host.capacity is None or host.worst.total <= 1.5 * host.capacity)
 
 
 def _excess(device: DevicePlan) -> int:

@@ -212,7 +212,7 @@ def test_the_command(tmp_path, capfd, gib, status):
 def test_training_refuses_what_does_not_fit_before_anything_is_loaded(tmp_path, monkeypatch, capfd):
     models = save_models(tmp_path / "models")
     monkeypatch.setattr("ilr_fast.hosts.local.open_host", lambda *_: pytest.fail("a model was loaded"))
-    monkeypatch.setattr("ilr_fast.plan_command.host_memory", lambda: 2**29)
+    monkeypatch.setattr("ilr_fast.plan_command.host_memory", lambda: 2**28)
     assert main(["train", str(write_config(tmp_path, models))]) == 2
     assert "does not fit" in capfd.readouterr().err and not (tmp_path / "run").exists()
 
