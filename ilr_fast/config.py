@@ -143,8 +143,10 @@ class DataConfig:
     test: str = key("", "Held-out questions.")
     task_options: dict[str, Any] = key({}, "Arguments of a generated task (`task:` sources).")
     train_size: int | None = key(None, "At most so many training questions (a task: exactly).", low=1)
-    validation_size: int | None = key(None, "At most so many validation questions (a task: exactly).", low=1)
-    test_size: int | None = key(None, "At most so many held-out questions (a task: exactly).", low=1)
+    validation_size: int | None = key(
+        None, "At most so many validation questions (a task, a shared source: exactly).", low=1
+    )
+    test_size: int | None = key(None, "At most so many held-out questions (a task, a shared source: exactly).", low=1)
     question_key: str = key("question", "The column that holds the question.")
     answer_key: str = key("answer", "The column that holds the answer.")
 

@@ -72,7 +72,9 @@ def load_questions(
 def load_splits(config: DataConfig, seed: int) -> dict[str, list[Question]]:
     """The questions of `train`, `validation` and `test`, which share none (`check_disjoint`).
 
-    Parts that name the same task are drawn from it together. UserError names the config key.
+    Parts that name the same task are drawn from it together. Of any other source that several parts name, the held-out
+    ones take as many rows as their `_size` says, by the hashes of the ids, and training gets the rest. UserError names
+    the config key.
     """
     splits: dict[str, list[Question]] = {}
     for part in _PARTS:
@@ -82,13 +84,30 @@ def load_splits(config: DataConfig, seed: int) -> dict[str, list[Question]]:
             if part == same[0]:
                 sizes = {p: getattr(config, f"{p}_size") or TASK_SIZES[p] for p in same}
                 splits |= task_splits(source.removeprefix(TASK), sizes, seed, config.task_options)
-        else:
-            splits[part] = load_questions(
-                source, limit=getattr(config, f"{part}_size"), split=part, question_key=config.question_key,
-                answer_key=config.answer_key, where=f"data.{part} = {source}",
+        elif part not in splits:
+            same = [p for p in _PARTS if getattr(config, p) == source]
+            questions = load_questions(
+                source, limit=getattr(config, f"{part}_size") if len(same) == 1 else None, split=part,
+                question_key=config.question_key, answer_key=config.answer_key, where=f"data.{part} = {source}",
             )  # fmt: skip
+            splits |= {part: questions} if len(same) == 1 else _dealt(questions, same, config)
     check_disjoint(splits)
     return {part: splits[part] for part in _PARTS}
+
+
+def _dealt(questions: Sequence[Question], parts: Sequence[str], config: DataConfig) -> dict[str, list[Question]]:
+    """One source's questions for several parts; a question's part depends on the ids and sizes alone."""
+    order = sorted(questions, key=lambda q: hashlib.sha256(q.id.encode()).digest())
+    dealt: dict[str, list[Question]] = {}
+    for part in reversed(parts):  # test, validation, then train with what is left
+        size = getattr(config, f"{part}_size")
+        if size is None and part != "train":
+            what = f"{' and '.join(parts)} name the same source, and nothing says how many of its rows {part} takes"
+            raise UserError(what, f"data.{part}_size", "give a number, or another source")
+        dealt[part], order = order[:size], order[len(order) if size is None else size :]
+        if not dealt[part]:
+            raise UserError("the held-out parts take all rows of the source", f"data.{part}", "lower their sizes")
+    return dealt
 
 
 def check_disjoint(splits: Mapping[str, Sequence[Question]], where: str | None = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 
@@ -162,12 +163,29 @@ def test_splits_of_a_config(tmp_path):
     splits = load_splits(config, seed=1)
     assert {part: len(questions) for part, questions in splits.items()} == {"train": 3, "validation": 10, "test": 20}
     assert splits["train"][0].text == "t0?"
-    with pytest.raises(UserError, match="of validation and 'train/0' of train have the same id") as caught:
-        load_splits(DataConfig(train=train, validation=train, test="task:sums", question_key="problem"), seed=1)
+    held_out = write(tmp_path / "held_out.jsonl", {"problem": "T0?", "answer": 1})
+    with pytest.raises(UserError, match="of validation and 'train/0' of train have the same text") as caught:
+        load_splits(DataConfig(train=train, validation=held_out, test="task:sums", question_key="problem"), seed=1)
     assert caught.value.where == "data.validation"
     with pytest.raises(UserError) as caught:
         load_splits(DataConfig(train="nowhere.jsonl", validation="task:sums", test="task:sums"), seed=1)
     assert caught.value.where == "data.train = nowhere.jsonl"
+
+
+def test_a_source_of_several_parts_is_dealt_out(tmp_path):
+    rows = write(tmp_path / "rows.jsonl", *({"question": f"t{n}?", "answer": 1} for n in range(20)))
+    config = DataConfig(train=rows, validation=rows, test=rows, validation_size=3, test_size=4)
+    splits = load_splits(config, seed=1)
+    assert {part: len(questions) for part, questions in splits.items()} == {"train": 13, "validation": 3, "test": 4}
+    assert len({question.id for questions in splits.values() for question in questions}) == 20
+    assert load_splits(config, seed=2) == splits  # a resumed or repeated run holds out the same problems
+    smaller = load_splits(replace(config, train_size=5), seed=1)
+    assert smaller["test"] == splits["test"] and smaller["train"] == splits["train"][:5]
+    with pytest.raises(UserError, match="nothing says how many of its rows validation takes") as caught:
+        load_splits(replace(config, validation_size=None), seed=1)
+    assert caught.value.where == "data.validation_size"
+    with pytest.raises(UserError, match="the held-out parts take all rows"):
+        load_splits(replace(config, validation_size=16), seed=1)
 
 
 def test_a_task_named_three_times_is_drawn_once():
