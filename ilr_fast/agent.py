@@ -104,7 +104,7 @@ class Agent:
         self.reference = self._reference(where)
         self.optimizer: Optimizer | None = None
         self.sinks: GradientSinks | None = None
-        self.loss_scale = FIRST_LOSS_SCALE if self.model.dtype == torch.float16 and config.train == "full" else 1.0
+        self.loss_scale = FIRST_LOSS_SCALE if self.model.dtype == torch.float16 and self.trains else 1.0
         if self.trains:
             trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
             self.optimizer = Optimizer(trained, config.optimizer, run.steps, run.seed)
@@ -193,6 +193,8 @@ class Agent:
     def _drop_gradients(self) -> None:
         """All gradients and their memory."""
         self.model.zero_grad(set_to_none=True)
+        if self.optimizer is not None:
+            self.optimizer.adamw.forget_gradients()  # those of float32 copies
         if self.sinks is not None:
             self.sinks.release()
 

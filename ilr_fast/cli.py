@@ -74,6 +74,7 @@ class _Parser(argparse.ArgumentParser):
         if "invalid choice" in message and "choose from" in message and self.prog == "ilr-fast":
             word = message.split("'")[1]
             message = f"unknown command {word!r}; {nearest(word, COMMANDS)}"
+        message = message.replace(", key=value", "")  # none need be given
         print(f"ilr-fast: {message}\n  → {self.prog} --help lists what can be given", file=sys.stderr)
         raise SystemExit(2)
 
@@ -84,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(debug=False)
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
     for name, (add, run, text) in COMMANDS.items():
+        text = text.replace("%", "%%")  # argparse formats it
         command = commands.add_parser(name, help=text, description=text)
         add(command)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -135,6 +135,8 @@ def _agrees(device: torch.device, dtype: torch.dtype, size: int) -> bool:
     try:
         with ThreadPoolExecutor(1) as aside:  # whose autograd has none of the hooks that checkpointing sets here
             errors = {f"window {w}": aside.submit(check, device, dtype, size, w).result() for w in (None, 5)}
+    except torch.OutOfMemoryError:  # says nothing about the kernel
+        raise
     except (RuntimeError, AttributeError, TypeError) as problem:
         errors = {str(problem).splitlines()[0]: float("inf")}
     wrong = {name: error for name, error in errors.items() if not error < CHECK_TOLERANCE}

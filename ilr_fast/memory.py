@@ -194,8 +194,6 @@ def _activations(agent: AgentConfig, shape: ModelShape, size: int, use: Use) -> 
     given = agent.gradient_checkpointing
     recompute: Recompute = False if given == "auto" else given
     fused = agent.fused_layers == "on" or (agent.fused_layers == "auto" and use.device != "cpu")
-    if fused and agent.train == "lora" and recompute == "mlp":
-        recompute = False  # fused MLPs with adapters are not computed again
     how: How = "plain" if not fused else "block" if agent.train == "full" and recompute is not True else "modules"
     return activations(shape, micro_batch(agent, use), size=size, recompute=recompute, how=how)
 

@@ -99,6 +99,7 @@ def open_team(
             logs = logs or Path(stack.enter_context(TemporaryDirectory(prefix="ilr-fast-logs-")))
             apart = _start(config, logs, stack)
             turns = [name for name, agent in config.agents.items() if agent.engine.rests == "turns"]
+            away = leaving(config)
             for name, process in apart.items():
                 if name not in turns:
                     process.open()
@@ -112,20 +113,26 @@ def open_team(
                     if name in turns:
                         apart[name].open()
                         wait_until_ready([apart[name]], advance)
-                if name in turns[:-1]:  # room for the next one
+                if name in away:  # room for the next one
                     hosts[name].reside("away")
             wait_until_ready([process for name, process in apart.items() if name not in turns], advance)
         residencies, present = _residencies(config, hosts)
         yield Team(present, {name: Seat(host, chats[name]) for name, host in present.items()}, residencies)
 
 
+def leaving(config: Config) -> set[str]:
+    """Of the agents that take turns on a device all but the last: each makes room as soon as it is loaded."""
+    turns = ([n for n in names if config.agents[n].engine.rests == "turns"] for names in by_device(config).values())
+    return {name for names in turns for name in names[:-1]}
+
+
 def _residencies(config: Config, hosts: Mapping[str, Host]) -> tuple[tuple[Residency, ...], dict[str, Host]]:
     """The schedulers, one for each device on which something moves, and the hosts as the run uses them."""
-    found, present = [], dict(hosts)
+    found, present, leave = [], dict(hosts), leaving(config)
     for names in by_device(config).values():
         sleep = {name: config.agents[name].engine.rests for name in names}
         if any(kind != "never" for kind in sleep.values()):
-            away = [name for name, kind in sleep.items() if kind == "turns"][:-1]
+            away = [name for name in names if name in leave]
             residency = Residency({name: hosts[name] for name in names}, sleep, away)
             found.append(residency)
             present |= residency.residents()

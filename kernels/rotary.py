@@ -50,7 +50,7 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dq, dk):  # type: ignore[no-untyped-def]
-        outs = torch.empty_like(dq), torch.empty_like(dk)
+        outs = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (dq, dk))  # heads side by side
         rotate(dq, dk, *ctx.saved_tensors, *outs, backward=True)
         return *outs, None, None
 

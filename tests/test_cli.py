@@ -9,7 +9,7 @@ import pytest
 from end_to_end import agent, save_models, write_config
 
 import ilr_fast.hosts.local
-from ilr_fast.cli import main
+from ilr_fast.cli import COMMANDS, main
 
 
 @pytest.fixture(scope="module")
@@ -209,3 +209,14 @@ def test_a_truncated_checkpoint(tmp_path, models, told, capfd):
     message = told()
     assert "no checkpoint can be read" in message and "model.safetensors" in message
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == metrics
+
+
+def test_help_is_printed(capsys):
+    for arguments in (["--help"], *([name, "--help"] for name in COMMANDS)):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 0
+        assert "usage: ilr-fast" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["-h"])
+    assert "95% intervals" in capsys.readouterr().out

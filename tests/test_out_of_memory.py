@@ -70,6 +70,23 @@ def test_the_step_is_taken_again_with_half_the_tokens(folder, where, keys):
     assert all(p.grad is None for p in failing.model.parameters()) and not failing.sinks.buffers
 
 
+def test_gradients_of_float32_copies_are_given_up_too(folder):
+    failing = make_agent(folder, micro_batch_tokens=TOKENS, dtype="bfloat16")
+    adamw, free = failing.optimizer.adamw, []
+    collect = adamw.collect
+
+    def limited(sinks):
+        free.append(all(copy.grad is None for copy in adamw.masters))
+        gradients = collect(sinks)
+        if len(free) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+        return gradients
+
+    adamw.collect = limited
+    failing.update(rollout(questions=6), 1)
+    assert free == [True, True]
+
+
 def test_old_and_reference_log_probs_stay_those_of_before_the_first_update(folder):
     loss = LossConfig(beta=0.1, epochs=2, minibatches=2, kl="k3")
     plain, failing = (make_agent(folder, loss, micro_batch_tokens=4096) for _ in range(2))

@@ -9,9 +9,11 @@ import pytest
 from end_to_end import agent, read_rows, said_in, save_models, without_timings, write_config
 
 from ilr_fast.cli import main
+from ilr_fast.config import AgentConfig, Config, EngineConfig
 from ilr_fast.errors import UserError
 from ilr_fast.metrics import Timer
 from ilr_fast.residency import Residency
+from ilr_fast.team import leaving
 from ilr_fast.types import Generation, Sampling, StepResult
 
 
@@ -66,6 +68,14 @@ def made(sleep: dict[str, str], away=(), **keys):
     events, holds = [], {name: "away" if name in away else "awake" for name in sleep}
     residency = Residency({n: FakeHost(n, events, holds, **keys) for n in sleep}, sleep, away)
     return residency, residency.residents(), events, holds
+
+
+def test_on_each_device_all_but_the_last_make_room():
+    turns = EngineConfig(sleep="turns")
+    devices = {"a": "cuda", "b": "cuda:1", "c": "auto", "d": "cuda:1", "e": "cuda:2"}
+    agents = {name: AgentConfig(model="m", device=device, engine=turns) for name, device in devices.items()}
+    assert leaving(Config(agents=agents)) == {"a", "b"}
+    assert leaving(Config(agents={"a": agents["a"], "c": AgentConfig(model="m")})) == set()
 
 
 def ask(*requests):

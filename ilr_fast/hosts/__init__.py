@@ -67,7 +67,7 @@ class Host(Protocol):
 
     def stats(self) -> dict[str, float]:
         """Counters since start: tokens_generated, tokens_prompt, tokens_reused, seconds_busy, steps; and
-        `memory_peak_gib`, the peak since the last call."""
+        `memory_peak_gib`, the highest so far."""
         ...
 
     def close(self) -> None:

@@ -29,7 +29,7 @@ TRAINING: tuple[Row, ...] = (
     ("Groups without a gradient", ("groups_dropped",), "percent", "dropped groups", "dropped / all groups"),
 )
 MACHINE: tuple[Row, ...] = (
-    ("Peak memory", ("memory_peak_gib",), "gib", "peak memory, GiB", "of each step"),
+    ("Peak memory", ("memory_peak_gib",), "gib", "peak memory, GiB", "so far"),
     ("Tokens per second", ("tokens_per_second",), "count", "tokens per second", "generated"),
 )
 
