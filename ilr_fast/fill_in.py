@@ -113,7 +113,7 @@ def _choices(config: Config, machine: Machine, shapes: Mapping[str, ModelShape])
             costs = {False: 0.0, "mlp": MLP_COST, True: RECOMPUTE_COST}
             options.append([
                 (cost, (Setting(name, key, again),)) for again, cost in costs.items()
-                if again != "mlp" or agent.train == "full"  # MLPs with adapters keep what they read
+                if again != "mlp" or agent.train == "full"  # with adapters it has not been measured on a card
             ])
         if agent.optimizer.offload == "auto":
             key, pays = "optimizer.offload", trained_count(agent, shapes[name]) > 10**8
