@@ -177,6 +177,7 @@ def _ordinary(
 
 
 def tree_attention(plan: TreePlan, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
+    """query [1, H, T, D], key and value [1, K, T, D] → [1, T, H, D]: by flash attention where it can, else by masks."""
     if usable(plan, query, query.shape[-1], settings.softcap, settings.dropout):
         q_THD, k_TKD, v_TKD = (x[0].transpose(0, 1) for x in (query, key, value))
         window = plan.window(settings.window)
