@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from ilr_kernels.advantage_kernel import advantage_kernel, tiling
-from ilr_kernels.backend import on_device
 from ilr_kernels.launch import Launch
 from torch import Tensor
 
@@ -21,7 +20,7 @@ class Advantage:
         grid = (-(-self._questions // blocks["BLOCK_Q"]), -(-agents // blocks["BLOCK_M"]), 1)
         constants = (agents, samples, calibrate, normalize, *blocks.values())
         self._launch = Launch(advantage_kernel, grid, constants, num_warps=warps, enable_fp_fusion=True)
-        self._device = -1 if device.index is None else device.index
+        self._device = device.index
 
     def __call__(
         self, rewards_MQG: Tensor, mask_MQG: Tensor | None, calibrate_weight: float, eps: float
@@ -33,8 +32,12 @@ class Advantage:
             mask_MQG = mask_MQG.contiguous()
         calibrated_MQG = torch.empty_like(rewards_MQG, dtype=torch.float32)
         advantage_MQG = torch.empty_like(calibrated_MQG)
-        tensors = (rewards_MQG, mask_MQG, calibrated_MQG, advantage_MQG)
         if self._questions > 0:
-            with on_device(rewards_MQG):
-                self._launch(self._device, *tensors, self._questions, float(calibrate_weight), float(eps))
+            tensors = (rewards_MQG, mask_MQG, calibrated_MQG, advantage_MQG)
+            scalars = (self._questions, float(calibrate_weight), float(eps))
+            if self._device is None or self._device == torch._C._cuda_getDevice():
+                self._launch(self._device, tensors, scalars)
+            else:
+                with torch.cuda.device(self._device):
+                    self._launch(self._device, tensors, scalars)
         return calibrated_MQG, advantage_MQG

@@ -59,12 +59,15 @@ class Launch:
         self._kernel, self._grid, self._constants, self._options = kernel, grid, constants, options
         self._compiled: Any = None
 
-    def __call__(self, device: int, *arguments: Any) -> None:
-        """Launches on `device`, which must be the current one."""
+    def __call__(self, device: int | None, tensors: Sequence[Tensor | None], scalars: tuple) -> None:
+        """Launches on `device`, which must be the current one (None: the interpreter's, on the CPU)."""
         if self._compiled is not None:
-            _run(self._compiled, self._grid, device, arguments, self._constants, arguments)
+            assert device is not None
+            addresses = [None if x is None else x.data_ptr() for x in tensors]
+            values, arguments = (*addresses, *scalars), (*tensors, *scalars)
+            _run(self._compiled, self._grid, device, values, self._constants, arguments)
         else:
-            self._compiled = self._kernel[self._grid](*arguments, *self._constants, **self._options)
+            self._compiled = self._kernel[self._grid](*tensors, *scalars, *self._constants, **self._options)
 
 
 def _run(

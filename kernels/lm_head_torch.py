@@ -45,7 +45,7 @@ def sweep(
     )
     slab_CV = hidden_ND.new_empty(chunk, vocabulary)
     if gate is not None:
-        gate()
+        gate.wait()
     for start in range(0, n, chunk):
         rows = slice(start, min(start + chunk, n))
         logits_CV = chunk_logits(head, hidden_ND[rows], slab_CV)

@@ -40,7 +40,7 @@ def sweep(
     vectors, losses = step_vectors(step, logp_N)
     target_N = target_N.contiguous()
     if gate is not None:
-        gate()
+        gate.wait()
     for start in range(0, n, chunk):
         rows = slice(start, min(start + chunk, n))
         logits_CV = chunk_logits(head, hidden_ND[rows], slab_CV)

@@ -10,8 +10,14 @@ from ilr_kernels.backend import on_device
 from ilr_kernels.lm_head_checks import IGNORED
 from torch import Tensor
 
-Gate = Callable[[], None]
 Result = TypeVar("Result")
+
+
+class Gate(NamedTuple):
+    """What stands before a sweep's costly launches: the host waits, or a kernel looks for itself."""
+
+    wait: Callable[[], None]  # raises SomeRows unless all rows are needed
+    go: Tensor  # [1] int32 on the GPU: 1 where all rows are needed, else 0
 
 
 class SomeRows(Exception):
@@ -21,15 +27,15 @@ class SomeRows(Exception):
 def over_needed_rows(counting: Counting | None, run: Callable[[Tensor | None, Gate | None], Result]) -> Result:
     """run(rows, gate) over the rows that `counting` finds are needed (None: all).
 
-    While a GPU still counts, everything is prepared for all rows: `run` calls `gate` before its first costly launch,
-    and is done again with fewer rows where that raises.
+    While a GPU still counts, everything is prepared for all rows: `run` calls `gate.wait` before its first costly
+    launch, or after one that does nothing unless `gate.go`, and is done again with fewer rows where that raises.
     """
     if counting is None:
         return run(None, None)
     if not counting.under_way:
         return run(counting.rows(), None)
     try:
-        return run(None, counting.expect_all)
+        return run(None, Gate(counting.expect_all, counting.go))
     except SomeRows:  # what was prepared is given back before the second run
         pass
     return run(counting.rows(), None)
@@ -58,6 +64,7 @@ class Counting:
     def __init__(self, target_T: Tensor, factors: tuple[Tensor, ...], vocabulary: int):
         self._target_T, self._factors, self._vocabulary = target_T, factors, vocabulary
         self._mailbox: _Mailbox | None = None
+        self.go = target_T.new_empty(1, dtype=torch.int32)
         if target_T.is_cuda:
             self._mailbox = self._launch()
         else:
@@ -120,7 +127,8 @@ class Counting:
         free = _mailboxes.setdefault(target_T.device, [])
         mailbox = free.pop() if free else _Mailbox.make()
         first, second = (*(f.contiguous() for f in self._factors), None, None)[:2]
-        arguments = (target_T.contiguous(), first, second, mailbox.counts, target_T.shape[0], self._vocabulary)
+        found = (mailbox.counts, self.go, target_T.shape[0], self._vocabulary)
+        arguments = (target_T.contiguous(), first, second, *found)
         with on_device(target_T):
             launch(count_kernel, (1,), arguments, (IGNORED, 4096), num_warps=16)
             mailbox.event.record()

@@ -10,6 +10,7 @@ def count_kernel(
     p_first,  # factors, or None
     p_second,
     p_counts,  # [3]: targets outside the vocabulary, rows not ignored, rows needed
+    p_go,  # [1]: whether all rows are needed, and no target is outside
     rows,
     vocabulary,
     IGNORED: tl.constexpr,
@@ -31,6 +32,8 @@ def count_kernel(
         if p_second is not None:
             valid = valid & (tl.load(p_second + o_r, mask=m_r, other=0.0) != 0.0)
         b_needed += valid.to(tl.int32)
-    tl.store(p_counts, tl.sum(b_outside, 0).to(tl.int64))
+    outside, needed = tl.sum(b_outside, 0), tl.sum(b_needed, 0)
+    tl.store(p_go, ((needed == rows) & (outside == 0)).to(tl.int32))
+    tl.store(p_counts, outside.to(tl.int64))
     tl.store(p_counts + 1, tl.sum(b_valid, 0).to(tl.int64))
-    tl.store(p_counts + 2, tl.sum(b_needed, 0).to(tl.int64))
+    tl.store(p_counts + 2, needed.to(tl.int64))

@@ -1,7 +1,7 @@
 """A chunk's softmax on a GPU in bfloat16: the launches around the product that takes its sums (formulas:
 `softmax_product_kernel.py`).
 
-    target's logits → [gate] → product → sums → (again, relative to the peak, where a sum overflowed)
+    target's logits → product → [gate] → sums → (again, relative to the peak, where a sum overflowed)
 
 Exponentials lie in one block, or in two that each hold a part of the vocabulary: the product is then launched for each.
 """
@@ -24,7 +24,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2E = 1.4426950408889634
-Product = Callable[["Tensor | None"], None]  # launches, where the redo flag is set or None
+Product = Callable[["Tensor | None"], None]  # launches; given a flag, the kernel works only where that is set
 
 
 def cut(x_N: Tensor, rows: slice) -> Tensor:
@@ -124,7 +124,8 @@ def fill(
 ) -> None:
     """Computes a chunk's softmax into `softmax`; `slope`: the soft-cap's derivative goes into what is stored.
 
-    `gate` is called before the product. What follows the first sums does nothing unless a sum overflowed.
+    With a `gate` the product does nothing unless all rows are needed; the host learns whether they are when the GPU has
+    its work. What follows the first sums does nothing unless a sum overflowed.
     """
     chosen = plan(hidden_CD, head.weight_VD, head.softcap is not None)
     tiles = -(-head.weight_VD.shape[0] // chosen.block_n)
@@ -135,10 +136,10 @@ def fill(
     parts = [_Part.of(chunk, block) for block in softmax.blocks]
     make = _specialized if chosen.specialized and _has_gluon() else _plain
     products = [make(part, slope) for part in parts]
-    if gate is not None:
-        gate()
     for run in products:
-        run(None)
+        run(None if gate is None else gate.go)
+    if gate is not None:
+        gate.wait()
     _sums(chunk, again=False)
     for part in parts:
         _plain(part, slope, peak=True)(redo)
@@ -184,8 +185,8 @@ def _specialized(part: _Part, slope: bool) -> Product:
     scale = LOG2E / head.temperature
     constants = (softmax.entropy_N is not None, p.group, p.programs, p.stages)
 
-    def run(redo: Tensor | None) -> None:
-        kernel, arguments = specialized.specialized_product_kernel, (*given, redo, *part.shape, scale)
+    def run(needed: Tensor | None) -> None:
+        kernel, arguments = specialized.specialized_product_kernel, (*given, needed, *part.shape, scale)
         launch(kernel, (part.programs,), arguments, constants, num_warps=4, maxnreg=specialized.REGISTERS)
 
     return run
@@ -202,8 +203,8 @@ def _plain(part: _Part, slope: bool, peak: bool = False) -> Product:
     tiling = (p.tma, p.flatten, p.halves, not hidden_CD.is_cuda, p.programs, p.block_m, p.block_n, p.block_k, p.group)
     constants = (head.softcap is not None, slope, moment, peak, *tiling)
 
-    def run(redo: Tensor | None) -> None:
-        arguments = (*given, part.total, part.moment, redo, *part.shape, *strides, *finish)
+    def run(needed: Tensor | None) -> None:
+        arguments = (*given, part.total, part.moment, needed, *part.shape, *strides, *finish)
         options = {"num_warps": p.warps, "num_stages": p.stages}
         launch(product.product_kernel, (part.programs,), arguments, constants, **options)
 

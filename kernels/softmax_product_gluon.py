@@ -78,32 +78,63 @@ def _load(hidden, weight, a, b, full, empty, tiles, tiles_m, tiles_n, depth,
 
 
 @gluon.jit
-def _finish(b_y, p_bias, b_shift, b_local, n, left, inside, scale, START: gl.constexpr, layout: gl.constexpr,
-            MOMENT: gl.constexpr):  # fmt: skip
-    """(e, Σ e, Σ e (x − c)) of PIECE_N columns of raw logits, START columns into the tile."""
-    o_n = START + gl.arange(0, PIECE_N, layout=gl.SliceLayout(0, layout))
-    if p_bias is not None:
-        b_y += gl.load(p_bias + n + o_n, mask=o_n < left, other=0.0).to(gl.float32)[None, :]
-    b_y = b_y * scale - b_shift[:, None]
-    b_e = gl.exp2(b_y)
-    if inside:  # a target's column is here, or the vocabulary's end
-        b_e = gl.where((o_n[None, :] == b_local[:, None]) | (o_n[None, :] >= left), 0.0, b_e)
+def _finish(b_logit, exps, pieces, p_bias, b_shift, b_local, m, n, left, scale, HALF: gl.constexpr,
+            layout: gl.constexpr, MASK: gl.constexpr, MOMENT: gl.constexpr):  # fmt: skip
+    """(Σ e, Σ e (x − c)) of a group's 64 rows of a tile, finished and stored in four pieces.
+
+    No branch parts the pieces, so that other arithmetic fills the time that exponentials take. Sums are the same in
+    bits with and without MASK and whatever is stored: multiply-adds are spelled out, the compiler has no choice.
+    """
+    halves = b_logit.reshape([HALF_M, 2, 2 * PIECE_N]).permute([0, 2, 1]).split()
+    for q in gl.static_range(4):
+        start = q * PIECE_N
+        pair = halves[q // 2].reshape([HALF_M, 2, PIECE_N]).permute([0, 2, 1]).split()
+        b_y = gl.convert_layout(pair[q % 2], layout)
+        o_n = start + gl.arange(0, PIECE_N, layout=gl.SliceLayout(0, layout))
+        if p_bias is not None:
+            b_y += gl.load(p_bias + n + o_n, mask=o_n < left, other=0.0).to(gl.float32)[None, :]
+        b_y = b_y * scale - b_shift[:, None]
+        b_e = gl.exp2(b_y)
+        if MASK:  # a target's column is here, or the vocabulary's end
+            b_e = gl.where((o_n[None, :] == b_local[:, None]) | (o_n[None, :] >= left), 0.0, b_e)
+        if q == 0:
+            b_sum, b_part = b_e, b_e * b_y
+        else:
+            b_sum += b_e
+            b_part = gl.fma(b_e, b_y, b_part)
+        if exps is not None:
+            buffer = pieces.index(2 * HALF + q % 2)
+            tma.store_wait(1)
+            buffer.store(b_e.to(gl.bfloat16))
+            fence_async_shared()
+            async_store(exps, [m, n + start], buffer)
     b_moment = gl.zeros_like(b_shift)
     if MOMENT:
-        b_moment = gl.sum(b_e * b_y, 1)
-    return b_e, gl.sum(b_e, 1), b_moment
+        b_moment = gl.sum(b_part, 1)
+    return gl.sum(b_sum, 1), b_moment
 
 
 @gluon.jit
 def _multiply(exps, p_bias, p_target, p_shift, p_total, p_moment, a, b, pieces, full, empty,
               rows, vocabulary, depth, tiles, tiles_m, tiles_n, scale, HALF: gl.constexpr, MOMENT: gl.constexpr,
               GROUP: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    """One group of four warps: the products of its 64 rows of every tile, and their exponentials and sums."""
+    """One group of four warps: the products of its 64 rows of every tile, and their exponentials and sums.
+
+    Between a tile's last product and the next one's first the group lets the tensor cores go, so that only the
+    exponentials are left there: the tile's place, its shifts and targets are found while they multiply.
+    """
     whole: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
     piece: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     by_row: gl.constexpr = gl.SliceLayout(1, piece)
     stage, phase = 0, 0
     for tile in range(gl.program_id(0), tiles, PROGRAMS):
+        mbarrier.wait(full.index(stage), phase)
+        nothing = gl.zeros([HALF_M, BLOCK_N], gl.float32, whole)
+        acc = warpgroup_mma(a.index(2 * stage + HALF), b.index(stage).permute((1, 0)), nothing, is_async=True)
+        stage += 1
+        if stage == STAGES:
+            stage = 0
+            phase ^= 1
         m, n = _corner(tile, tiles_m, tiles_n, GROUP)
         m += HALF * HALF_M
         o_m = m + gl.arange(0, HALF_M, layout=by_row)
@@ -111,40 +142,26 @@ def _multiply(exps, p_bias, p_target, p_shift, p_total, p_moment, a, b, pieces, 
         b_shift = gl.load(p_shift + o_m, mask=m_m, other=0.0)
         b_local = gl.load(p_target + o_m, mask=m_m, other=-1).to(gl.int32) - n
         left = vocabulary - n
-        inside = (left < BLOCK_N) | (gl.max(((b_local >= 0) & (b_local < BLOCK_N)).to(gl.int32), 0) > 0)
 
-        acc = warpgroup_mma_init(gl.zeros([HALF_M, BLOCK_N], gl.float32, whole))
-        for k in range(0, depth, BLOCK_K):
+        for _ in range(BLOCK_K, depth, BLOCK_K):
             mbarrier.wait(full.index(stage), phase)
             acc = warpgroup_mma(a.index(2 * stage + HALF), b.index(stage).permute((1, 0)), acc, is_async=True)
             acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(acc,)))
-            mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES), pred=k > 0)
+            mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES))
             stage += 1
             if stage == STAGES:
                 stage = 0
                 phase ^= 1
+        inside = (left < BLOCK_N) | (gl.max(((b_local >= 0) & (b_local < BLOCK_N)).to(gl.int32), 0) > 0)
         b_logit = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(empty.index((stage + STAGES - 1) % STAGES))
 
-        b_total = gl.zeros([HALF_M], gl.float32, by_row)
-        b_moment = gl.zeros([HALF_M], gl.float32, by_row)
-        left_half, right_half = b_logit.reshape([HALF_M, 2, 2 * PIECE_N]).permute([0, 2, 1]).split()
-        for h in gl.static_range(2):
-            b_half = left_half if h == 0 else right_half
-            first, second = b_half.reshape([HALF_M, 2, PIECE_N]).permute([0, 2, 1]).split()
-            for q in gl.static_range(2):
-                b_y = gl.convert_layout(first if q == 0 else second, piece)
-                b_e, b_sum, b_part = _finish(
-                    b_y, p_bias, b_shift, b_local, n, left, inside, scale, (2 * h + q) * PIECE_N, piece, MOMENT
-                )
-                b_total += b_sum
-                b_moment += b_part
-                if exps is not None:
-                    buffer = pieces.index(2 * HALF + q)
-                    tma.store_wait(1)
-                    buffer.store(b_e.to(gl.bfloat16))
-                    fence_async_shared()
-                    async_store(exps, [m, n + (2 * h + q) * PIECE_N], buffer)
+        if inside:
+            b_total, b_moment = _finish(b_logit, exps, pieces, p_bias, b_shift, b_local, m, n, left, scale, HALF,
+                                        piece, True, MOMENT)  # fmt: skip
+        else:
+            b_total, b_moment = _finish(b_logit, exps, pieces, p_bias, b_shift, b_local, m, n, left, scale, HALF,
+                                        piece, False, MOMENT)  # fmt: skip
         o = (n // BLOCK_N) * rows + o_m
         gl.store(p_total + o, b_total, mask=m_m)
         if MOMENT:
@@ -163,7 +180,7 @@ def specialized_product_kernel(
     p_shift,
     p_total,  # [tiles of the vocabulary, rows]
     p_moment,
-    p_redo,  # whether the launch is needed; None: it is
+    p_needed,  # whether the launch is, None: it is
     rows,
     vocabulary,
     depth,
@@ -175,8 +192,8 @@ def specialized_product_kernel(
 ):
     """A persistent program takes every PROGRAMS-th tile of 128 rows and 256 columns."""
     needed = 1
-    if p_redo is not None:
-        needed = gl.load(p_redo)
+    if p_needed is not None:
+        needed = gl.load(p_needed)
     tiles_m, tiles_n = gl.cdiv(rows, BLOCK_M), gl.cdiv(vocabulary, BLOCK_N)
     tiles = tiles_m * tiles_n * needed
     a = gl.allocate_shared_memory(gl.bfloat16, [2 * STAGES, HALF_M, BLOCK_K], hidden.layout)

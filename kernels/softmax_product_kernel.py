@@ -67,7 +67,7 @@ def product_kernel(
     p_shift,
     p_total,  # [tiles of the vocabulary, rows]
     p_moment,
-    p_redo,  # whether the launch is needed; None: it is
+    p_needed,  # whether the launch is, None: it is
     rows,
     vocabulary,
     depth,
@@ -92,8 +92,8 @@ def product_kernel(
 ):
     """A persistent program takes every PROGRAMS-th tile; GROUP tiles of rows share the weights of one pass."""
     needed = 1
-    if p_redo is not None:
-        needed = tl.load(p_redo)
+    if p_needed is not None:
+        needed = tl.load(p_needed)
     tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(vocabulary, BLOCK_N)
     tiles = tiles_m * tiles_n * needed
     steps = tl.cdiv(depth, BLOCK_K)

@@ -6,7 +6,7 @@ gradient of the logits over the logits and multiplies it out, so that nothing of
 
     dL/dx_v = g (1[v = target] − p_v) − h p_v (log p_v + H),   g = dL/dlog π,   h = dL/dH
 
-A sweep that is given a `gate` calls it before its first costly launch (`rows.over_needed_rows`).
+A sweep that is given a `gate` waits at it before its first costly launch (`rows.over_needed_rows`).
 """
 
 from __future__ import annotations

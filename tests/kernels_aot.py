@@ -103,13 +103,13 @@ def product_cases() -> Iterator[Case]:
     """The product with the softmax inside, tiled as on each card, with and without the copy engine."""
     kernel = import_kernels("softmax_product_kernel").product_kernel
     card_plan = import_kernels("product_plan").card_plan
-    types = {"p_bias": "*bf16", "p_target": "*i64", "p_redo": "*i32", "scale": "fp32", "softcap": "fp32"}
+    types = {"p_bias": "*bf16", "p_target": "*i64", "p_needed": "*i32", "scale": "fp32", "softcap": "fp32"}
     types |= dict.fromkeys(SOFTMAX_VECTORS, "*fp32")
     types |= dict.fromkeys(("rows", "vocabulary", "depth", "hidden_stride", "weight_stride", "exps_stride"), "i32")
     plain = {"SOFTCAP": False, "SLOPE": True, "MOMENT": True, "PEAK": False, "WIDEN": False}
     variants: dict[str, dict[str, Any]] = {
-        "loss": {"p_bias": None, "p_redo": None},
-        "log-prob": {"p_bias": None, "p_redo": None, "exps": None},
+        "loss": {"p_bias": None, "p_needed": None},
+        "log-prob": {"p_bias": None, "p_needed": None, "exps": None},
         "everything": {"SOFTCAP": True},
         "peak": {"p_bias": None, "exps": None, "PEAK": True, "MOMENT": False},
     }
@@ -133,14 +133,15 @@ def specialized_cases() -> Iterator[Case]:
     module = import_kernels("softmax_product_gluon")
     plan = import_kernels("product_plan").card_plan(90, SHARED_MEMORY[90], 132, depth=4096, softcap=False)
     assert plan.specialized
-    types = {"p_bias": "*bf16", "p_target": "*i64", "p_redo": "*i32", "scale": "fp32"}
+    types = {"p_bias": "*bf16", "p_target": "*i64", "p_needed": "*i32", "scale": "fp32"}
     types |= dict.fromkeys(SOFTMAX_VECTORS, "*fp32") | dict.fromkeys(("rows", "vocabulary", "depth"), "i32")
     blocks = {"hidden": (64, 64), "weight": (256, 64), "exps": (64, 64)}
     types |= {name: f"tensordesc<bf16[{m},{n}],{module.LAYOUT!r}>" for name, (m, n) in blocks.items()}
     tiles = {"GROUP": plan.group, "PROGRAMS": plan.programs, "STAGES": plan.stages}
     variants: dict[str, dict[str, Any]] = {
-        "loss": {"MOMENT": True, "p_bias": None, "p_redo": None},
-        "log-prob": {"MOMENT": False, "p_bias": None, "p_redo": None, "exps": None},
+        "loss": {"MOMENT": True, "p_bias": None, "p_needed": None},
+        "log-prob": {"MOMENT": False, "p_bias": None, "p_needed": None, "exps": None},
+        "log-prob and entropy": {"MOMENT": True, "p_bias": None, "p_needed": None, "exps": None},
         "everything": {"MOMENT": True},
     }
     for name, constants in variants.items():
@@ -159,7 +160,7 @@ def softmax_cases() -> Iterator[Case]:
     scalars = ("softcap", "temperature", "clip_low", "clip_high", "dual_clip", "importance_cap", "beta", "entropy_coef")
     types |= dict.fromkeys(scalars, "fp32")
     loss = {"OBJECTIVE": "ppo", "DUAL_CLIP": True, "KL": "k3", "IMPORTANCE_MODE": "truncate", "SOFTCAP": True}
-    counts = {"p_target": "*i64", "p_first": "*fp32", "p_second": "*fp32", "p_counts": "*i64"}
+    counts = {"p_target": "*i64", "p_first": "*fp32", "p_second": "*fp32", "p_counts": "*i64", "p_go": "*i32"}
     counts |= {"rows": "i32", "vocabulary": "i32"}
     count_kernel = import_kernels("rows_kernel").count_kernel
     yield case("count_kernel", count_kernel, counts, {"IGNORED": -100, "BLOCK": 4096}, 16)

@@ -8,6 +8,11 @@ from __future__ import annotations
 import os
 
 import torch
+from ilr_kernels import softmax_product
+from ilr_kernels.lm_head_checks import IGNORED
+from ilr_kernels.rows import Gate
+from ilr_kernels.rows_kernel import count_kernel
+from ilr_kernels.sweep import Head
 from kernels_cases import (
     SHAPES,
     VARIANTS,
@@ -18,6 +23,7 @@ from kernels_cases import (
     check_policy_loss,
     check_with_logp,
     check_within_dweight,
+    poisoned,
 )
 from test_kernels_scale import KINDS
 from test_kernels_scale import check as check_kind
@@ -51,8 +57,33 @@ def main() -> int:
             for normalize in ("grpo", "dr_grpo", "rloo"):
                 check_advantage(shape, calibrate, normalize, masked=shape[1] > 2)
     check_advantage((2, 3, 5), "reward", "grpo", masked=True, dtype=torch.bfloat16)
+    check_gate()
     print("all agree")
     return 0
+
+
+def check_gate() -> None:
+    """The product does nothing unless all rows are needed, and the count of rows tells it so."""
+    hidden, weight = torch.randn(5, 24).bfloat16(), torch.randn(101, 24).bfloat16()
+    target = torch.tensor([0, 100, 7, 7, 50])
+    head, go = Head(weight, None, 1.0, None), torch.empty(1, dtype=torch.int32)
+    expected = softmax_product.sweep(head, hidden, target, None, None).logp_N
+
+    def counted(target_T: torch.Tensor, factor_T: torch.Tensor | None = None) -> list[int]:
+        counts = torch.zeros(3, dtype=torch.int64)
+        count_kernel[(1,)](target_T, factor_T, None, counts, go, len(target_T), 101, IGNORED=IGNORED, BLOCK=4)
+        return [int(go), *counts.tolist()]
+
+    def gated() -> torch.Tensor:
+        with poisoned():
+            return softmax_product.sweep(head, hidden, target, None, None, gate=Gate(lambda: None, go)).logp_N
+
+    assert counted(torch.where(target == 7, IGNORED, target)) == [0, 0, 3, 3]
+    assert counted(target, torch.tensor([1.0, 0, 1, 1, 1])) == [0, 0, 5, 4]
+    assert counted(target + 1) == [0, 1, 5, 5]
+    assert gated().isnan().all()
+    assert counted(target) == [1, 0, 5, 5]
+    assert torch.equal(gated(), expected)
 
 
 if __name__ == "__main__":

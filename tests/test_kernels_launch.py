@@ -93,7 +93,9 @@ def test_a_profilers_hooks_are_heard(launching: Any, monkeypatch: pytest.MonkeyP
 def test_a_launch_that_is_always_the_same_looks_nothing_up(launching: Any) -> None:
     kernel = Kernel()
     once = launching.Launch(kernel, (4, 2, 1), (True,), num_warps=4)
+    room = torch.zeros(8)
     for n in (1, 16, 17):
-        once(0, torch.zeros(8)[1:], n)
+        once(0, (room[1:], None), (n,))
     assert len(kernel.made) == 1 and [call[:3] for call in kernel.made[0].calls] == [(4, 2, 1)] * 2
+    assert kernel.made[0].calls[0][9:] == (room[1:].data_ptr(), None, 16, True)
     assert not launching._compiled
