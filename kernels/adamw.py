@@ -136,17 +136,31 @@ def _check(
     for name, tensors in (("gradients", gradients), ("means", means), ("squares", squares)):
         if len(tensors) != len(weights):
             raise ValueError(f"{name} must hold {len(weights)} tensors, one for each of weights, not {len(tensors)}")
-    for i, weight in enumerate(weights):
-        named = {"weights": weight, "gradients": gradients[i], "means": means[i], "squares": squares[i]}
-        for name, x in named.items():
-            if x.shape != weight.shape or x.device != weights[0].device:
-                raise ValueError(
-                    f"{name}[{i}] must be {tuple(weight.shape)} on {weights[0].device}, "
-                    f"not {tuple(x.shape)} on {x.device}"
-                )
-            if not x.is_contiguous():
-                raise ValueError(f"{name}[{i}] must be contiguous")
-            if name == "gradients" and not x.is_floating_point():
-                raise ValueError(f"gradients[{i}] must be a float tensor, not {x.dtype}")
-            if name != "gradients" and x.dtype not in WEIGHTS:
-                raise ValueError(f"{name}[{i}] must be float32 or bfloat16, not {x.dtype}")
+    device = weights[0].device if weights else None
+    for i, four in enumerate(zip(weights, gradients, means, squares, strict=True)):
+        weight, gradient, mean, square = four
+        shape = weight.shape
+        if (
+            not (gradient.shape == shape == mean.shape == square.shape)
+            or not (weight.dtype in WEIGHTS and mean.dtype in WEIGHTS and square.dtype in WEIGHTS)
+            or not gradient.dtype.is_floating_point
+            or not (weight.is_contiguous() and gradient.is_contiguous())
+            or not (mean.is_contiguous() and square.is_contiguous())
+            or not (weight.device == gradient.device == mean.device == square.device == device)
+        ):
+            _name_mistake(i, four, weights[0].device)
+
+
+def _name_mistake(i: int, four: tuple[Tensor, ...], device: torch.device) -> None:
+    """ValueError about the i-th weight, gradient, mean and square."""
+    for name, x in zip(("weights", "gradients", "means", "squares"), four, strict=True):
+        if x.shape != four[0].shape or x.device != device:
+            raise ValueError(
+                f"{name}[{i}] must be {tuple(four[0].shape)} on {device}, not {tuple(x.shape)} on {x.device}"
+            )
+        if not x.is_contiguous():
+            raise ValueError(f"{name}[{i}] must be contiguous")
+        if name == "gradients" and not x.is_floating_point():
+            raise ValueError(f"gradients[{i}] must be a float tensor, not {x.dtype}")
+        if name != "gradients" and x.dtype not in WEIGHTS:
+            raise ValueError(f"{name}[{i}] must be float32 or bfloat16, not {x.dtype}")
