@@ -6,6 +6,9 @@ Triton, so that memory can be planned where neither is needed.
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
+
 # On a GPU in bfloat16, exponentials held at once: 1.25 GiB; for large heads, whose dweight each chunk reads and writes,
 # up to two heads.
 GPU_ELEMENTS = 5 * 2**27, 2**30
@@ -15,7 +18,9 @@ GPU_WIDE_ELEMENTS = 2**28
 # the most.
 CPU_ROWS = 256
 CPU_ELEMENTS = 2**24, 2**26
-CPU_BLOCK_ELEMENTS = 2**20  # logits worked on at once: 4 MiB, and a scratch of the same size
+CPU_BLOCK_ELEMENTS = 2**20  # logits worked on at once at most: 4 MiB, and a scratch of the same size
+CPU_CACHE_BYTES = 2**24  # where the system does not tell
+CPU_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
 def gpu_chunk(vocabulary: int, depth: int) -> int:
@@ -33,6 +38,22 @@ def cpu_chunk(vocabulary: int) -> int:
     """Rows of logits held at once on a CPU."""
     few, many = (elements // vocabulary for elements in CPU_ELEMENTS)
     return max(16, min(CPU_ROWS, many), few)
+
+
+def cpu_block(vocabulary: int, threads: int) -> int:
+    """Rows of logits worked on at once on a CPU: every core has one, and with their scratch (both float32) they take
+    half of the largest cache at most."""
+    return max(threads, min(CPU_BLOCK_ELEMENTS, cpu_cache_bytes(CPU_CACHES) // 16) // vocabulary)
+
+
+@cache
+def cpu_cache_bytes(caches: Path) -> int:
+    """The largest cache that the system names, as in /sys/devices/system/cpu/cpu0/cache/index3/size: 32768K."""
+    try:
+        sizes = [path.read_text().strip() for path in caches.glob("index*/size")]
+        return max(int(size[:-1]) * {"K": 2**10, "M": 2**20}[size[-1]] for size in sizes)
+    except (OSError, ValueError, KeyError, IndexError):
+        return CPU_CACHE_BYTES
 
 
 def balanced(n: int, most: int, tile: int) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from ilr_kernels.chunks import CPU_BLOCK_ELEMENTS, cpu_chunk
+from ilr_kernels.chunks import cpu_block, cpu_chunk
 from ilr_kernels.policy_loss import TokenLoss, token_loss
 from ilr_kernels.rows import Gate
 from ilr_kernels.sweep import Given, Gradients, Head, Policy, Swept, accumulation_dtype, chunk_logits, spread_gradients
@@ -31,7 +31,7 @@ def sweep(
     """Log-probs and entropies of N rows, and into `grads` the gradients that `step` asks for (see `sweep.py`)."""
     n, vocabulary = len(hidden_ND), len(head.weight_VD)
     chunk = min(n, chunk or cpu_chunk(vocabulary))
-    block = min(chunk, max(torch.get_num_threads(), CPU_BLOCK_ELEMENTS // vocabulary))
+    block = min(chunk, cpu_block(vocabulary, torch.get_num_threads()))
     dtype = accumulation_dtype(hidden_ND.dtype)
     logp_N = hidden_ND.new_empty(n, dtype=dtype)
     work = _Work(
