@@ -67,10 +67,10 @@ def _case(name: str, case: Case, folder: Path, quick: bool) -> Iterator[dict[str
         "config": str(ROOT / "configs" / case.config), "folder": str(folder), "quick": quick, "gib": CARD,
         "sequences": case.sequences, "tokens": case.tokens,
     }  # fmt: skip
-    command = [sys.executable, "-m", "ilr_benchmarks.memory_case", json.dumps(asked)]
+    command = ["timeout", str(case.limit), sys.executable, "-m", "ilr_benchmarks.memory_case", json.dumps(asked)]
     log = folder / "log"
     with log.open("w") as errors:
-        worker = subprocess.Popen(["timeout", str(case.limit), *command], stdout=subprocess.PIPE, stderr=errors, text=True)
+        worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
         assert worker.stdout is not None
         for line in worker.stdout:
             if line.startswith("{"):
@@ -78,8 +78,9 @@ def _case(name: str, case: Case, folder: Path, quick: bool) -> Iterator[dict[str
     said = log.read_text()
     print(said[-3000:], file=sys.stderr)
     if worker.wait() != 0:
-        last = f"it took more than {case.limit} s" if worker.returncode == 124 else (said.strip().splitlines() or [""])[-1]
-        yield row(name, SHAPE, [], status=f"wrong: {last[:300]}")
+        last = (said.strip().splitlines() or ["it ended"])[-1]
+        why = f"it took more than {case.limit} s" if worker.returncode == 124 else last[:300]
+        yield row(name, SHAPE, [], status=f"wrong: {why}")
 
 
 def _row(name: str, told: dict[str, Any]) -> dict[str, Any]:

@@ -127,9 +127,10 @@ def test_random_weights_are_drawn_layer_by_layer(folder):
     buffers = dict(plain.named_buffers())
     for name, buffer in made.named_buffers():
         torch.testing.assert_close(buffer, buffers[name], msg=name)
-    for name, weights in plain.named_parameters():
+    for name, drawn in plain.named_parameters():
         found = made.get_parameter(name)
         if found.dtype != torch.uint8 and "lora" not in name:
-            assert found.shape == weights.shape, name
-            assert float(found.std()) == pytest.approx(float(weights.std()), rel=0.1, abs=1e-6), name
-    assert all(torch.equal(a, b) for a, b in zip(packed(made), packed(load_policy(config, "agents.ada", 1)), strict=True))
+            assert found.shape == drawn.shape, name
+            assert float(found.std()) == pytest.approx(float(drawn.std()), rel=0.1, abs=1e-6), name
+    again = load_policy(config, "agents.ada", 1)
+    assert all(torch.equal(a, b) for a, b in zip(packed(made), packed(again), strict=True))
