@@ -4,8 +4,8 @@ weights. Prints a line of JSON for each step, and one at the end.
     python -m ilr_benchmarks.step_case '{"agents": {"ada": "Qwen/Qwen2.5-1.5B-Instruct"}, "kinds": ["forced"], …}'
 
 Three things are put in the loop's way, none of which changes what it does: a turn samples as many tokens as its kind of
-step says ("forced": 512, "ragged": log-normal, from the request's seed), rewards are drawn by chance, and the
-clock is read around each agent's update. After the last step the same turns are generated once more by each agent alone.
+step says ("forced": 512, "ragged": log-normal, from the request's seed), rewards are drawn by chance, and the clock is
+read around each agent's update. After the last step the same turns are generated once more by each agent alone.
 """
 
 from __future__ import annotations
@@ -190,11 +190,9 @@ def _write(asked: Mapping[str, Any], folder: Path) -> Path:
     vocabulary = 997 if asked["quick"] else 100_000
     for part, number in (("train", asked["questions"] * len(asked["kinds"])), ("validation", 1), ("test", 1)):
         draw = random.Random(part)
-        lines = [
-            json.dumps({"question": " ".join(f"w{draw.randrange(5, vocabulary)}" for _ in range(PROMPT - 3)), "answer": "1"})
-            for _ in range(number)
-        ]
-        (folder / f"{part}.jsonl").write_text("\n".join(lines) + "\n")
+        texts = [" ".join(f"w{draw.randrange(5, vocabulary)}" for _ in range(PROMPT - 3)) for _ in range(number)]
+        lines = [json.dumps({"question": text, "answer": "1"}) + "\n" for text in texts]
+        (folder / f"{part}.jsonl").write_text("".join(lines))
     alone = len(agents) == 1
     tree = {
         "run": str(folder / "run"), "steps": len(asked["kinds"]), "protocol": "single" if alone else "idea3",

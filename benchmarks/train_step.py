@@ -26,6 +26,7 @@ from ilr_benchmarks.first_times import FirstTimes
 from torch import Tensor
 
 from ilr_fast.agent import Agent
+from ilr_fast.allocator import grow_segments
 from ilr_fast.config import AgentConfig, Config, LossConfig, OptimizerConfig
 from ilr_fast.loading import for_training
 from ilr_fast.tree_plan import pack_sequences
@@ -77,6 +78,7 @@ class Bench:
     """One agent, whose update is timed with different sequences."""
 
     def __init__(self, quick: bool, device: str, rounds: int, micro_batch_tokens: int = 4096, **keys: Any):
+        grow_segments()  # as a run does
         self.device, self.rounds, self.steps = device, rounds, 0
         self.agent = make_agent(SMALL if quick else BIG, device, micro_batch_tokens=micro_batch_tokens, **keys)
         self.peak = None if device == "cpu" else peak_of_products()
