@@ -17,7 +17,7 @@ from typing import Any
 from ilr_fast.errors import RunError, UserError, nearest
 
 GPU = ("lm_head", "lm_head_shapes", "lm_head_sweep", "advantage", "adamw", "rollout", "sleep", "train_step",
-       "exactness", "memory")
+       "step", "step_agents", "exactness", "memory")
 CPU = ("lm_head_cpu",)
 NAMED = ("graders",)  # only where named: it needs the data sets
 FIGURES, DRAWN = "figures", "lm_head_sweep"

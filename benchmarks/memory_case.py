@@ -23,6 +23,7 @@ from ilr_fast.config import Config
 from ilr_fast.config_parse import load_config
 from ilr_fast.fill_in import fill_in
 from ilr_fast.memory import GIB
+from ilr_fast.metrics import Timer
 from ilr_fast.plan import Machine, RunPlan, plan_run
 from ilr_fast.plan_command import filled, shapes_of
 from ilr_fast.types import Sampling, TrainingSequence, TrainingTurn
@@ -48,7 +49,8 @@ def main(asked: dict[str, Any]) -> None:
 def _step(
     team: Any, config: Config, asked: dict[str, Any], step: int, seconds: dict[str, list[float]], say: Any
 ) -> None:
-    last = step == STEPS
+    last, begun, timer = step == STEPS, time.perf_counter(), Timer()
+    team.measure(timer)
     hosts, draw = team.hosts, random.Random(step)
     contexts = {name: host.max_context for name, host in hosts.items()}
     words = {name: _words(draw, asked["vocabulary"][name]) for name in hosts}
@@ -71,11 +73,16 @@ def _step(
     timed("generate", lambda: asyncio.run(generate()))
     say("generate", seconds["generate"], quiet=not last, tokens=_generated(config, asked))
     team.forget()  # as training does
+    results: list[Any] = []
     for name, host in hosts.items():
         phase = f"update {name}"
         batch = [_sequence(words[name](contexts[name]), n, draw) for n in range(asked["sequences"])]
-        timed(phase, lambda host=host, batch=batch: host.update(batch, step))
-        say(phase, seconds[phase], quiet=not last, tokens=sum(len(s.tokens) for s in batch))
+        timed(phase, lambda host=host, batch=batch: results.append(host.update(batch, step)))
+        say(phase, seconds[phase], quiet=not last, tokens=sum(len(s.tokens) for s in batch), note=results[-1].note)
+    seconds.setdefault("step", []).append(time.perf_counter() - begun)
+    seconds.setdefault("swap", []).append(timer.seconds()["swap"] or 0.0)
+    if last:
+        say("whole step", seconds["step"], swap_seconds=[round(s, 3) for s in seconds["swap"]])
 
 
 def _generated(config: Config, asked: dict[str, Any]) -> int:
@@ -87,8 +94,8 @@ def _words(draw: random.Random, vocabulary: int) -> Callable[[int], list[int]]:
 
 
 def _sequence(tokens: list[int], number: int, draw: random.Random) -> TrainingSequence:
-    """Half of it sampled, in one turn."""
-    start = len(tokens) // 2
+    """All but a prompt sampled, in one turn."""
+    start = min(512, len(tokens) // 4)
     turn = TrainingTurn(start, len(tokens), draw.choice([-1.0, 1.0]), (-2.0,) * (len(tokens) - start))
     return TrainingSequence(f"q{number % 2}", number, tuple(tokens), (turn,))
 
@@ -99,10 +106,14 @@ class _Speaker:
     def __init__(self, planned: RunPlan, sampler: PeakSampler):
         device = planned.devices[0] if planned.devices else planned.host
         self._planned = {phase.name: phase.total for phase in device.phases}
+        turns = [size for name, size in self._planned.items() if name.startswith("generate")]
+        self._planned["generate"] = max(turns)  # agents that take turns have a phase each
         self._sampler = sampler
         self._peaks: dict[str, int] = {}
 
-    def __call__(self, phase: str, seconds: list[float], *, quiet: bool = False, tokens: int | None = None) -> None:
+    def __call__(
+        self, phase: str, seconds: list[float], *, quiet: bool = False, tokens: int | None = None, **more: Any
+    ) -> None:
         peak = self._sampler.take()
         if peak is not None:
             self._peaks[phase] = max(peak, self._peaks.get(phase, 0))
@@ -115,7 +126,7 @@ class _Speaker:
             "planned_gib": None if planned is None else round(planned / GIB, 2),
             "measured_gib": None if found is None else round(found / GIB, 2),
             "torch_gib": _by_torch(),
-            "tokens_per_second": None if tokens is None else round(tokens / seconds[-1], 1),
+            "tokens_per_second": None if tokens is None else round(tokens / seconds[-1], 1), **more,
         }  # fmt: skip
         print(json.dumps(told), flush=True)
 

@@ -39,6 +39,12 @@ SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
         dict(vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
              num_attention_heads=12, num_key_value_heads=2, max_position_embeddings=32768, tie_word_embeddings=True),
     ),
+    "meta-llama/Llama-3.2-1B-Instruct": (
+        transformers.LlamaConfig,
+        dict(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+             num_attention_heads=32, num_key_value_heads=8, head_dim=64, max_position_embeddings=131072,
+             rope_parameters=_LLAMA3_ROPE | {"factor": 32.0}, tie_word_embeddings=True),
+    ),
     "HuggingFaceTB/SmolLM2-1.7B-Instruct": (
         transformers.LlamaConfig,
         dict(vocab_size=49152, hidden_size=2048, intermediate_size=8192, num_hidden_layers=24,
@@ -67,18 +73,20 @@ def _write(config: Any, target: Path) -> Path:
 
 
 def tokenizer(vocabulary: int) -> Any:
-    """One word w0, w1 … for each id."""
+    """One word w0, w1 … for each id, but <end> (1), which ends a turn, and <unknown> (2)."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    made = Tokenizer(models.WordLevel({f"w{n}": n for n in range(vocabulary)}, unk_token="w2"))
+    words = [f"w{n}" for n in range(vocabulary)]
+    words[1:3] = "<end>", "<unknown>"
+    made = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unknown>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="w1", unk_token="w2")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>", unk_token="<unknown>")
 
 
 def small_shape(name: str, folder: Path) -> Path:
     """The same family, small, for a try without a GPU."""
     kind, sizes = SHAPES[name]
-    small = dict(vocab_size=997, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+    small = dict(vocab_size=997, hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
                  num_key_value_heads=2)  # fmt: skip
     config = kind(**{**sizes, **small}, bos_token_id=0, eos_token_id=1, pad_token_id=None)
     return _write(config, folder / name)

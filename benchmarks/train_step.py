@@ -22,9 +22,11 @@ import numpy as np
 import torch
 import transformers
 from ilr_benchmarks.common import row
+from ilr_benchmarks.first_times import FirstTimes
 from torch import Tensor
 
 from ilr_fast.agent import Agent
+from ilr_fast.allocator import grow_segments
 from ilr_fast.config import AgentConfig, Config, LossConfig, OptimizerConfig
 from ilr_fast.loading import for_training
 from ilr_fast.tree_plan import pack_sequences
@@ -55,15 +57,18 @@ def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> list[dict[
     rows = [bench.measure("forced", loads["forced"], share=True)]
     rows.append(bench.measure("ragged", loads["ragged"], share=True))
     rows.append(bench.measure("forced", loads["forced"], share=False))
+    fresh = [sequences(ragged(questions * samples, quick, seed), samples, quick, seed) for seed in range(2, 5 + rounds)]
+    rows.append(bench.fresh(fresh))
     return judged(rows, error) + ([bench.profile(loads["forced"][: 3 * samples])] if device == "cuda" else [])
 
 
 def judged(rows: list[dict[str, Any]], error: float) -> list[dict[str, Any]]:
-    """Forced, ragged and not shared, with the error and targets."""
+    """Forced, ragged, not shared and ever new lengths, with the error and targets."""
     rows[0]["error"] = rows[1]["error"] = error
-    of_forced = rows[1]["us_per_token"] / rows[0]["us_per_token"]
-    rows[1] |= {"of_forced": of_forced, "target": f"≤ {TARGET_RAGGED} of the forced run's time a token",
-                "met": of_forced <= TARGET_RAGGED}  # fmt: skip
+    for uneven in (rows[1], rows[3]):
+        of_forced = uneven["us_per_token"] / rows[0]["us_per_token"]
+        uneven |= {"of_forced": of_forced, "target": f"≤ {TARGET_RAGGED} of the forced run's time a token",
+                   "met": of_forced <= TARGET_RAGGED}  # fmt: skip
     rows[0] |= {"target": f"≤ {TARGET_SECONDS} s, MFU ≥ {TARGET_MFU}",
                 "met": rows[0]["ms"] <= 1e3 * TARGET_SECONDS and (rows[0]["mfu"] or 0) >= TARGET_MFU}  # fmt: skip
     return rows
@@ -73,6 +78,7 @@ class Bench:
     """One agent, whose update is timed with different sequences."""
 
     def __init__(self, quick: bool, device: str, rounds: int, micro_batch_tokens: int = 4096, **keys: Any):
+        grow_segments()  # as a run does
         self.device, self.rounds, self.steps = device, rounds, 0
         self.agent = make_agent(SMALL if quick else BIG, device, micro_batch_tokens=micro_batch_tokens, **keys)
         self.peak = None if device == "cpu" else peak_of_products()
@@ -109,6 +115,24 @@ class Bench:
             fullest=max(sizes),
             packing_ms=1e3 * packing,
             grad_norm=norm,
+            **memory(self.device),
+        )
+
+    def fresh(self, loads: Sequence[Sequence[TrainingSequence]]) -> dict[str, Any]:
+        """One row for steps that each have lengths of their own, as in training: the median a token, and every step."""
+        self.agent.rules = replace(self.agent.rules, share_prefixes=True)
+        steps = []
+        for given in loads:
+            with FirstTimes() as seen:
+                seconds, _ = self._step(given)
+            distinct = work(self.agent.model.config, given)[0]
+            steps.append({"seconds": seconds, "us_per_token": 1e6 * seconds / distinct, **seen.as_dict()})
+        return row(
+            "ilr-fast, ragged, new lengths in every step",
+            f"Qwen2 {count(self.agent.model) / 1e9:.2g}B, {len(loads[0])} sequences, {len(loads)} steps",
+            [step["seconds"] for step in steps],
+            us_per_token=float(np.median([step["us_per_token"] for step in steps])),
+            steps=steps,
             **memory(self.device),
         )
 
@@ -168,9 +192,9 @@ def make_agent(shape: dict[str, Any], device: str, **keys: Any) -> Agent:
     return Agent("ada", agent, run, tokenizer=object(), model=for_training(model, agent, "agents.ada", 0))
 
 
-def sequences(lengths: np.ndarray, samples: int, quick: bool) -> list[TrainingSequence]:
+def sequences(lengths: np.ndarray, samples: int, quick: bool, seed: int = 0) -> list[TrainingSequence]:
     """One sequence for each length of its answer; groups of `samples` share a prompt of PROMPT tokens."""
-    g, vocabulary = np.random.default_rng(0), SMALL["vocab_size"] if quick else BIG["vocab_size"]
+    g, vocabulary = np.random.default_rng(seed), SMALL["vocab_size"] if quick else BIG["vocab_size"]
     questions = g.integers(0, vocabulary, (len(lengths) // samples, PROMPT)).tolist()
     found = []
     for i, length in enumerate(lengths.tolist()):
@@ -180,9 +204,9 @@ def sequences(lengths: np.ndarray, samples: int, quick: bool) -> list[TrainingSe
     return found
 
 
-def ragged(number: int, quick: bool) -> np.ndarray:
+def ragged(number: int, quick: bool, seed: int = 1) -> np.ndarray:
     """Log-normal lengths of mean MEAN and at most MOST."""
-    drawn = np.random.default_rng(1).lognormal(0, 0.8, number)
+    drawn = np.random.default_rng(seed).lognormal(0, 0.8, number)
     mean, most = (12, 40) if quick else (MEAN, MOST)
     return np.clip(drawn / drawn.mean() * mean, 1, most).astype(int)
 

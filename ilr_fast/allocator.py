@@ -6,7 +6,8 @@ step on the CPU, more in a virtual machine. With mapping and trimming put off, f
 process's peak stays what it was.
 
 PyTorch's memory on a GPU is made of segments, and what is too large for a hole takes a new one: with sizes that change
-from step to step a tenth and more lies in holes. Segments that grow have no such holes.
+from step to step a quarter and more lies in holes. Segments that grow have no such holes. Pools with an allocator of
+their own, as vLLM's memory that can be given back, can't have them: an engine is opened with plain ones.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _NEVER = 2**31 - 1  # mallopt takes an int
@@ -28,10 +31,24 @@ def keep_freed_memory() -> bool:
 
 
 def grow_segments() -> None:
-    """Tells PyTorch to let its segments on a GPU grow, unless the user has told it something; before the first use."""
+    """Tells PyTorch to let its segments on a GPU grow from here on, unless the user has told it something."""
+    _let_segments_grow(True)
+
+
+@contextmanager
+def plain_segments() -> Iterator[None]:
+    """What PyTorch takes of a GPU meanwhile is made of segments that do not grow; afterwards they grow."""
+    _let_segments_grow(False)
+    try:
+        yield
+    finally:
+        _let_segments_grow(True)
+
+
+def _let_segments_grow(grow: bool) -> None:
     if os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF"):
         return
     import torch
 
     if torch.cuda.is_available() and hasattr(torch.cuda.memory, "_set_allocator_settings"):
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+        torch.cuda.memory._set_allocator_settings(f"expandable_segments:{grow}")

@@ -81,7 +81,7 @@ def _load(config: AgentConfig, where: str, seed: int, *, on_host: bool = False) 
     device = device_of(config, where)
     try:
         if config.random_weights:
-            model = _random(folder, dtype_of(config, device), device, seed)
+            model = _random(folder, config, device, seed, where)
         elif (folder / "adapter_config.json").exists():
             model = _peft(where).AutoPeftModelForCausalLM.from_pretrained(folder, dtype=dtype_of(config, device))
             model = model.merge_and_unload()
@@ -95,16 +95,32 @@ def _load(config: AgentConfig, where: str, seed: int, *, on_host: bool = False) 
         ) from None
     _without_dropout(model)
     prepare(model)
-    if config.quantize == "nf4":
+    if config.quantize == "nf4" and not config.random_weights:
         quantize_(model, dtype_of(config, device), where)
     return model.to("cpu") if on_host else model.to(device)
 
 
-def _random(folder: Path, dtype: torch.dtype, device: torch.device, seed: int) -> Any:
-    """A model of the folder's shape; its weights are drawn where it will compute, which takes no time on a GPU."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
+def _random(folder: Path, config: AgentConfig, device: torch.device, seed: int, where: str) -> Any:
+    """A model of the folder's shape; its weights are drawn where it will compute, which takes no time on a GPU.
+
+    In four bits layer by layer, so that what has room in four bits is never held in 16.
+    """
+    dtype, quantized = dtype_of(config, device), config.quantize == "nf4"
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+        with torch.device("meta") if quantized else device:
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+
+        def draw(module: nn.Module) -> torch.device:
+            module.to_empty(device=device, recurse=False)
+            model._init_weights(module)
+            return device
+
+        if quantized:
+            quantize_(model, dtype, where, draw)
+            for module in model.modules():
+                if any(t.is_meta for t in (*module._parameters.values(), *module._buffers.values()) if t is not None):
+                    draw(module)
     model.tie_weights()
     return model
 

@@ -10,6 +10,7 @@ bytes. A product unpacks its matrix first: a token costs the more the fewer ther
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,8 +19,14 @@ from torch import nn
 from ilr_fast.errors import UserError
 
 
-def quantize_(model: Any, dtype: torch.dtype, where: str) -> None:
-    """Replaces the model's linear layers, in place; products are in `dtype`. UserError without bitsandbytes."""
+def quantize_(
+    model: Any, dtype: torch.dtype, where: str, draw: Callable[[nn.Module], torch.device] | None = None
+) -> None:
+    """Replaces the model's linear layers, in place; products are in `dtype`. UserError without bitsandbytes.
+
+    `draw` gives a layer on the meta device its numbers, and says where they are: it is quantized there at once, so that
+    no more than one layer is ever held in 16 bits.
+    """
     try:
         import bitsandbytes as bnb
     except ImportError:
@@ -29,7 +36,9 @@ def quantize_(model: Any, dtype: torch.dtype, where: str) -> None:
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and module is not head:
             parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, _quantized(bnb, module, dtype))
+            device = draw(module) if draw is not None else None
+            made = _quantized(bnb, module, dtype)
+            setattr(model.get_submodule(parent), name, made if device is None else made.to(device))
     model.is_loaded_in_4bit = True  # what peft asks for
     model.is_quantized = True
 

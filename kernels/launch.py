@@ -49,6 +49,15 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], constan
         _compiled[tuple(key)] = compiled
 
 
+def aligned_vectors(number: int, length: int, like: Tensor) -> tuple[Tensor, ...]:
+    """Empty float32 vectors of one allocation, on `like`'s device, each at a multiple of 16 bytes.
+
+    Triton compiles a kernel anew for every other combination of aligned and unaligned arguments: vectors that lie one
+    right after another would make that combination depend on their length.
+    """
+    return like.new_empty(number, length + -length % 4, dtype=torch.float32)[:, :length].unbind()
+
+
 class Launch:
     """A kernel at one grid with one set of constants, specialized on nothing that may change: no look-up at all.
 

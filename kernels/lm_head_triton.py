@@ -11,7 +11,7 @@ import torch
 import triton
 from ilr_kernels.backend import on_device
 from ilr_kernels.chunks import gpu_wide_chunk
-from ilr_kernels.launch import launch
+from ilr_kernels.launch import aligned_vectors, launch
 from ilr_kernels.lm_head_kernel import rows_kernel
 from ilr_kernels.rows import Gate
 from ilr_kernels.step_arguments import step_constants, step_scalars, step_vectors
@@ -35,7 +35,7 @@ def sweep(
     """Log-probs and entropies of N rows, and into `grads` the gradients that `step` asks for (see `sweep.py`)."""
     n, vocabulary = len(hidden_ND), len(head.weight_VD)
     chunk = min(n, chunk or gpu_wide_chunk(vocabulary))
-    logp_N, entropy_N = hidden_ND.new_empty(2, n, dtype=torch.float32)
+    logp_N, entropy_N = aligned_vectors(2, n, hidden_ND)
     slab_CV = hidden_ND.new_empty(chunk, vocabulary)
     vectors, losses = step_vectors(step, logp_N)
     target_N = target_N.contiguous()

@@ -129,7 +129,7 @@ def fill(
     """
     chosen = plan(hidden_CD, head.weight_VD, head.softcap is not None)
     tiles = -(-head.weight_VD.shape[0] // chosen.block_n)
-    total, moment = softmax.logp_N.new_empty(2, tiles, hidden_CD.shape[0])
+    total, moment = (softmax.logp_N.new_empty(tiles, hidden_CD.shape[0]) for _ in range(2))
     redo = target_C.new_empty(1, dtype=torch.int32)
     chunk = _Chunk(head, hidden_CD, target_C, softmax, chosen, tiles, total, moment, redo)
     _target(chunk)

@@ -14,7 +14,7 @@ import torch
 from ilr_kernels import softmax_rows_kernel as kernels
 from ilr_kernels.backend import on_device
 from ilr_kernels.chunks import balanced, gpu_chunk
-from ilr_kernels.launch import launch
+from ilr_kernels.launch import aligned_vectors, launch
 from ilr_kernels.rows import Gate
 from ilr_kernels.scaling import add_scaled_rows, scale_rows
 from ilr_kernels.softmax_fill import Block, Softmax, cut, fill, tile_width
@@ -200,6 +200,5 @@ def _slab(hidden_ND: Tensor, rows: int, vocabulary: int) -> Tensor:
 
 
 def _vectors(hidden_ND: Tensor, with_entropy: bool, blocks: tuple[Block, ...]) -> Softmax:
-    n = hidden_ND.shape[0]
-    logp_N, entropy_N, target_x_N, shift_N, others_N = hidden_ND.new_empty(5, n, dtype=torch.float32)
+    logp_N, entropy_N, target_x_N, shift_N, others_N = aligned_vectors(5, hidden_ND.shape[0], hidden_ND)
     return Softmax(logp_N, entropy_N if with_entropy else None, target_x_N, shift_N, others_N, blocks)

@@ -170,7 +170,7 @@ def _multiply(exps, p_bias, p_target, p_shift, p_total, p_moment, a, b, pieces, 
         tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["rows"])
+@gluon.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["p_total", "p_moment"])
 def specialized_product_kernel(
     hidden,  # TMA descriptors of [rows, D], [V, D] and, unless nothing is stored, [rows, V]
     weight,

@@ -57,7 +57,7 @@ def _finish(b_logit, exps, p_bias, b_target, b_shift, m, n, rows, vocabulary, ex
     return b_total, b_moment
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["p_total", "p_moment"])
 def product_kernel(
     hidden,  # TMA descriptors, or pointers, of [rows, D], [V, D] and, unless nothing is stored, [rows, V]
     weight,

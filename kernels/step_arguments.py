@@ -3,6 +3,7 @@ constants in its order."""
 
 from __future__ import annotations
 
+from ilr_kernels.launch import aligned_vectors
 from ilr_kernels.policy_loss import PolicyLoss, TokenLoss
 from ilr_kernels.sweep import Given, Policy, Step
 from torch import Tensor
@@ -26,7 +27,7 @@ def step_vectors(step: Step, like_N: Tensor) -> tuple[dict[str, Tensor | None], 
         vectors[name] = None if x_N is None else x_N.contiguous()
     if step.loss.importance == "none":
         vectors["p_behavior"] = None
-    value_N, dlogp_N, clipped_N, kl_N, truncated_N = like_N.new_empty(5, like_N.shape[0])
+    value_N, dlogp_N, clipped_N, kl_N, truncated_N = aligned_vectors(5, like_N.shape[0], like_N)
     vectors |= dict(zip(OUTPUTS, (value_N, clipped_N, kl_N, truncated_N), strict=True)) | {"p_dlogp": dlogp_N}
     if step.loss.entropy_coef != 0:
         vectors["p_dentropy"] = t.weight_N * -step.loss.entropy_coef

@@ -372,6 +372,18 @@ def test_the_cpu_benchmark_knows_its_memory(tmp_path):
 def test_the_training_step_is_timed_with_and_without_shared_prefixes():
     from ilr_benchmarks import train_step
 
-    forced, ragged, alone = train_step.run(rounds=1, quick=True, only_ours=True, device="cpu")
+    forced, ragged, alone, fresh = train_step.run(rounds=1, quick=True, only_ours=True, device="cpu")
     assert forced["error"] < 1e-5 and forced["rows"] < alone["rows"] == 12 * (train_step.PROMPT + 12 - 1)
     assert ragged["of_forced"] > 0 and forced["first_ms"] > 0
+
+
+def test_whole_steps_are_run_by_the_training_loop():
+    from ilr_benchmarks import step, step_agents
+
+    forced, training, memory, rest, ragged = step.run(rounds=1, quick=True, only_ours=True, device="cpu")
+    assert forced["tokens"]["generated"] == 2 * 3 * 12 and forced["agents"]["ada"]["grad_norm"] > 0
+    assert forced["ms"] > training["ms"] > 0 and rest["share"] < 1 and memory["memory_gib"] is None
+    assert ragged["of_forced"] > 0 and 0 < ragged["packed"] <= 1
+    (both,) = step_agents.run(rounds=1, quick=True, only_ours=True, device="cpu")
+    assert both["generate_alone"].keys() == both["train_seconds"].keys() == {"ada", "bob"}
+    assert 0.2 < both["ratio"] < 5

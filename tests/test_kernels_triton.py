@@ -32,3 +32,8 @@ def test_kernels_agree_with_truth_under_the_interpreter():
 
 def test_no_kernel_spills_registers():
     assert ", 0 with spills" in run("kernels_aot.py").stdout
+
+
+@pytest.mark.interpret
+def test_no_kernel_is_compiled_again_for_another_number_of_rows():
+    assert "all agree" in run("kernels_interpret_rows.py", TRITON_INTERPRET="1", OMP_NUM_THREADS="1").stdout

@@ -6,8 +6,10 @@ import asyncio
 from importlib import metadata
 
 import pytest
+import torch
 from learners import save_model, words
 
+from ilr_fast.allocator import grow_segments, plain_segments
 from ilr_fast.chat import ChatFormat
 from ilr_fast.config import AgentConfig, Config, EngineConfig, OptimizerConfig, RolloutConfig
 from ilr_fast.credit import training_sequences
@@ -63,3 +65,19 @@ def test_a_missing_vllm_is_said_before_anything_is_loaded(monkeypatch):
     agent = AgentConfig(model="nowhere", engine=EngineConfig(name="vllm"))
     with pytest.raises(UserError, match=r"agents\.ada\.engine\.name: vLLM is not installed[^→]*→ .*embedded"):
         prepare_chat("ada", agent)
+
+
+def test_segments_grow_but_while_an_engine_is_opened(monkeypatch):
+    told = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", told.append)
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    grow_segments()
+    with pytest.raises(KeyError), plain_segments():
+        raise KeyError  # an engine that can't be opened
+    assert told == [f"expandable_segments:{grow}" for grow in (True, False, True)]
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64")  # the user's own stay
+    with plain_segments():
+        grow_segments()
+    assert len(told) == 3

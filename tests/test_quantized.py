@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from ilr_fast.config import LossConfig
 from ilr_fast.config_parse import load_config
 from ilr_fast.engines.embedded import EmbeddedEngine
 from ilr_fast.errors import UserError
+from ilr_fast.loading import load_policy
 from ilr_fast.model_shape import shape_of
 from ilr_fast.quantized import quantize_
 from ilr_fast.types import Sampling
@@ -115,3 +117,20 @@ def test_what_does_not_go_together(tmp_path, keys, match):
     agents = {name: agent(models, name, **keys) for name in ("ada", "bob")}
     with pytest.raises(UserError, match=match):
         load_config(write_config(tmp_path, models, agents=agents))
+
+
+def test_random_weights_are_drawn_layer_by_layer(folder):
+    config = agent_config(model=str(folder), random_weights=True, device="cpu", dtype="float32", **QLORA)
+    made = load_policy(config, "agents.ada", 1)
+    plain = load_policy(replace(config, quantize="none"), "agents.ada", 1)
+    assert not any(t.is_meta for t in (*made.parameters(), *made.buffers()))
+    buffers = dict(plain.named_buffers())
+    for name, buffer in made.named_buffers():
+        torch.testing.assert_close(buffer, buffers[name], msg=name)
+    for name, drawn in plain.named_parameters():
+        found = made.get_parameter(name)
+        if found.dtype != torch.uint8 and "lora" not in name:
+            assert found.shape == drawn.shape, name
+            assert float(found.std()) == pytest.approx(float(drawn.std()), rel=0.1, abs=1e-6), name
+    again = load_policy(config, "agents.ada", 1)
+    assert all(torch.equal(a, b) for a, b in zip(packed(made), packed(again), strict=True))

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from ilr_fast.agent import Agent
-from ilr_fast.allocator import grow_segments, keep_freed_memory
+from ilr_fast.allocator import grow_segments, keep_freed_memory, plain_segments
 from ilr_fast.chat import ChatFormat
 from ilr_fast.config import AgentConfig, Config
 from ilr_fast.engines.device_memory import OutOfMemory
@@ -188,23 +188,23 @@ def _with_vllm(name: str, agent: AgentConfig, config: Config, chat: ChatFormat) 
         exact=agent.engine.exact,
         seed=config.seed,
     )
-    engine = VllmEngine(
-        model,
-        chat.tokenizer,
-        options=options,
-        weights=agent.engine.weights,
-        stop_tokens=chat.stop_tokens,
-        seeded=config.deterministic,
-        device=device_of(agent, where),
-        where=where,
-    )
+    with plain_segments():
+        engine = VllmEngine(
+            model,
+            chat.tokenizer,
+            options=options,
+            weights=agent.engine.weights,
+            stop_tokens=chat.stop_tokens,
+            seeded=config.deterministic,
+            device=device_of(agent, where),
+            where=where,
+        )
     return LocalHost(Agent(name, agent, config, chat.tokenizer, model, engine.forward), engine)
 
 
 def _set_up_torch(config: Config) -> None:
     keep_freed_memory()
-    if all(agent.engine.name != "vllm" for agent in config.agents.values()):
-        grow_segments()  # vLLM's graphs and regions have segments of their own
+    grow_segments()
     disable_progress_bar()  # transformers' bars would tear the display of the run
     if config.threads:
         torch.set_num_threads(config.threads)
