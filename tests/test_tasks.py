@@ -10,6 +10,7 @@ import pytest
 
 from ilr_fast import tasks
 from ilr_fast.errors import UserError
+from ilr_fast.rewards.number import read_number
 from ilr_fast.tasks import largest, problem, smallest, splits, sums, task_reward
 
 
@@ -49,6 +50,10 @@ def test_sums_say_what_they_mean():
         a, b = numbers_of(question)
         assert question.text == f"What is {a} + {b}?" and question.answer == str(a + b)
         assert 5 <= a <= 9 and 5 <= b <= 9
+    longer = next(sums(3, low=2, high=2, numbers=4))
+    assert longer.text == "What is 2 + 2 + 2 + 2?" and longer.answer == "8"
+    assert longer.solution == "2 + 2 = 4, 4 + 2 = 6, 6 + 2 = 8" and read_number(longer.solution) == 8
+    assert problem("What?", "1").solution == "1"
 
 
 def test_the_order_of_a_problem_does_not_count():
@@ -95,6 +100,7 @@ def test_a_test_set_of_more_than_a_quarter_is_refused():
         ("largest", {"numbers": 1}, "2 or more different numbers"),
         ("largest", {"low": "a"}, "options don't fit"),
         ("sums", {"low": 9, "high": 3}, "low = 9 lies above"),
+        ("sums", {"numbers": 1}, "give 2 or more"),
         ("no_such_module:task", {}, "can't import"),
         ("math:no_such_function", {}, "has no .no_such_function"),
     ],
