@@ -1,6 +1,7 @@
 """GRPO's learning curve beside TRL's: held-out accuracy over steps and seconds, same problems, samples and rate.
 
-    ilr-fast bench curve --rounds 3     # one NVIDIA GPU with vLLM and TRL, three seeds; two minutes a seed and side
+    ilr-fast bench curve --rounds 3                 # one NVIDIA GPU with vLLM and TRL, three seeds; four minutes a seed
+    python -m ilr_benchmarks.curve 2,3 --out DIR    # seeds side by side, added to DIR/curve.json: curves without times
 
 SmolLM2-135M-Instruct learns sums a + b of 1 to 50 from the bare prompt `Question: What is 12 + 7?\\nAnswer:`; an answer
 ends with its line, is right where its one number (the last one of an equation) is the sum, and earns 1 or 0. Both take
@@ -15,25 +16,27 @@ steps' compilation included. A row's `curve` lists [step, samples, seconds, accu
 
 from __future__ import annotations
 
-import itertools
+import argparse
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ilr_benchmarks.common import HERE, row
+from ilr_benchmarks.common import HERE, row, write_results
 
 from ilr_fast.metrics import read_metrics
 
 HIGH, HELD_OUT, TEST = 50, 200, 100
-QUESTIONS, SAMPLES, STEPS, EVERY, RATE = 32, 8, 60, 5, 2e-5
+QUESTIONS, SAMPLES, STEPS, EVERY, RATE = 32, 8, 80, 5, 2e-5
 GOALS = (0.5, 0.6, 0.7)
 GOAL, TARGET = 0.7, 2.0  # ours must be there in half of TRL's time
 OURS, THEIRS = "ilr-fast", "TRL"
@@ -41,35 +44,38 @@ Point = list[float]  # step, samples, seconds, accuracy
 
 
 def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> Iterator[dict[str, Any]]:
-    """A row for each seed and side as its process ends, then one that compares the sides."""
-    steps, every = (2, 1) if quick else (STEPS, EVERY)
-    found: dict[str, list[dict[str, Any]]] = {OURS: [], THEIRS: []}
+    """A row for each seed and side as its process ends, one after the other, then one that compares the sides."""
+    found = []
     for seed in range(1, min(rounds, 3) + 1):
-        with tempfile.TemporaryDirectory() as folder:
-            write_problems(Path(folder), seed)
-            for side in (OURS,) if only_ours else (OURS, THEIRS):
-                result = one_run(side, Path(folder), seed, steps, every, quick, device)
-                found[side].append(result)
-                yield result
+        for side in (OURS,) if only_ours else (OURS, THEIRS):
+            found.append(one_run(side, seed, quick=quick, device=device))
+            yield found[-1]
     yield from compared(found)
 
 
-def one_run(side: str, folder: Path, seed: int, steps: int, every: int, quick: bool, device: str) -> dict[str, Any]:
-    """Trains in a process of its own; a row, whatever became of it."""
+def one_run(side: str, seed: int, *, quick: bool, device: str, beside: bool = False) -> dict[str, Any]:
+    """Trains in a process of its own; a row, whatever became of it. `beside`: with others, so its times don't count."""
+    steps, every = (2, 1) if quick else (STEPS, EVERY)
     shape = f"SmolLM2-135M-Instruct, {QUESTIONS} × {SAMPLES} samples a step, lr {RATE:g}, seed {seed}"
     if side == THEIRS and not find_spec("trl"):
         return row(side, shape, [], status="TRL is not installed", seed=seed, curve=[])
+    folder = Path(tempfile.mkdtemp(prefix=f"curve_{side}_{seed}_"))
+    write_problems(folder, seed)
     command = ours(folder, seed, steps, every, quick) if side == OURS else theirs(folder, seed, steps, every, device)
+    if beside:
+        command += ["memory_check=warn"] if side == OURS else ["--memory=0.15"]
     start = time.perf_counter()
-    with open(folder / f"{side}.log", "w") as log:
-        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment()).returncode
+    with open(folder / "log", "w") as log:
+        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment(side, seed)).returncode
     wall = time.perf_counter() - start
     curve, seconds = our_curve(folder / "run", quick) if side == OURS else their_curve(folder / "trl.jsonl")
     if status:
-        print((folder / f"{side}.log").read_text()[-2000:])
+        print((folder / "log").read_text()[-2000:])
+    else:
+        shutil.rmtree(folder)
     return row(
         side, shape, seconds, status="timed" if not status else f"ended with {status}", seed=seed, curve=curve,
-        wall_seconds=wall, train_seconds=sum(seconds), **reached(curve),
+        beside_others=beside, wall_seconds=wall, train_seconds=sum(seconds), **reached(curve),
     )  # fmt: skip
 
 
@@ -109,11 +115,11 @@ def theirs(folder: Path, seed: int, steps: int, every: int, device: str) -> list
     return [sys.executable, "-m", "ilr_benchmarks.curve_trl", *(f"--{key}={value}" for key, value in facts.items())]
 
 
-def environment() -> dict[str, str]:
-    """What TRL needs of a single process, which does not harm ours."""
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "VLLM_LOGGING_LEVEL": "ERROR",
-            "MASTER_ADDR": "localhost", "MASTER_PORT": os.environ.get("MASTER_PORT", "29511"), "RANK": "0",
-            "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # fmt: skip
+def environment(side: str, seed: int) -> dict[str, str]:
+    """What TRL needs to be a group of one process."""
+    alone = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "VLLM_LOGGING_LEVEL": "ERROR", "RANK": "0",
+             "MASTER_ADDR": "localhost", "MASTER_PORT": str(29510 + seed), "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    return {**os.environ, **(alone if side == THEIRS else {})}
 
 
 def our_curve(run_folder: Path, quick: bool = False) -> tuple[list[Point], list[float]]:
@@ -145,18 +151,19 @@ def reached(curve: Sequence[Point]) -> dict[str, float | None]:
     return told
 
 
-def compared(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[dict[str, Any]]:
-    """Ours against TRL's: seconds to the goal, and accuracy at equal samples, means over the seeds that both have."""
-    both = [(a, b) for a, b in zip(found[OURS], found[THEIRS], strict=False) if a["curve"] and b["curve"]]
+def compared(found: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Ours against TRL's: seconds to the goal where both ran alone, accuracy at equal samples as the mean of seeds."""
+    sides = [{r["seed"]: r for r in found if r["variant"] == side and r["curve"]} for side in (OURS, THEIRS)]
+    both = [(sides[0][seed], sides[1][seed]) for seed in sorted(sides[0].keys() & sides[1].keys())]
     if not both:
         return
     key = f"seconds_to_{GOAL:.0%}"
-    times = [(a[key], b[key]) for a, b in both]
+    times = [(a[key], b[key]) for a, b in both if not a["beside_others"] and not b["beside_others"]]
     known = [(a, b) for a, b in times if a is not None and b is not None]
     faster = sum(b for _, b in known) / sum(a for a, _ in known) if known else None
     steps = sorted(set.intersection(*({p[0] for p in side["curve"]} for pair in both for side in pair)))
     table = [[step, *(sum(_at(pair[i], step) for pair in both) / len(both) for i in (0, 1))] for step in steps]
-    mean = [sum(values) / len(table) for values in itertools.islice(zip(*table, strict=True), 1, 3)] if table else []
+    mean = [sum(line[i] for line in table) / len(table) for i in (1, 2)] if table else []
     yield row(
         f"{OURS} against {THEIRS}", f"{len(both)} seeds", [], status="compared", seconds_to_goal=times,
         times_faster=faster, accuracy_by_step=table, mean_accuracy=mean,
@@ -167,3 +174,24 @@ def compared(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[dict[
 
 def _at(found: Mapping[str, Any], step: float) -> float:
     return next(point[3] for point in found["curve"] if point[0] == step)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Learning curves of several seeds, side by side on one GPU")
+    parser.add_argument("seeds", help="separated by commas")
+    parser.add_argument("--out", type=Path, required=True, help="folder of curve.json, whose other rows stay")
+    parser.add_argument("--only", choices=(OURS, THEIRS))
+    options = parser.parse_args()
+    file, seeds = options.out / "curve.json", [int(seed) for seed in options.seeds.split(",")]
+    runs = [(side, seed) for seed in seeds for side in ((options.only,) if options.only else (OURS, THEIRS))]
+    before = json.loads(file.read_text())["rows"] if file.exists() else []
+    found = [r for r in before if r["status"] != "compared" and (r["variant"], r["seed"]) not in runs]
+    with ThreadPoolExecutor(len(runs)) as threads:
+        futures = [threads.submit(one_run, *run, quick=False, device="cuda", beside=True) for run in runs]
+        for done in as_completed(futures):
+            found.append(done.result())
+            write_results("curve", [*found, *compared(found)], "ilr-fast bench curve", options.out)
+
+
+if __name__ == "__main__":
+    main()

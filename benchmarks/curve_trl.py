@@ -23,7 +23,7 @@ from trl import GRPOConfig, GRPOTrainer
 from ilr_fast.models import resolve_model
 from ilr_fast.rewards.number import read_number
 
-MODEL, MOST_TOKENS = "smollm2-135m-instruct", 12
+MODEL, MOST_TOKENS, LONGEST = "smollm2-135m-instruct", 12, 256  # as in configs/gpu/sums.yaml
 
 
 def prompt(question: str) -> str:
@@ -97,7 +97,8 @@ def settings(options: argparse.Namespace) -> GRPOConfig:
     """TRL's defaults but for the samples, the rate, the limit, the end of an answer, and vLLM in this process."""
     on_gpu = options.device == "cuda"
     stop = {"generation_kwargs": {"stop": ["\n"], "include_stop_str_in_output": True}} if on_gpu else {}
-    vllm = {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": options.memory} if on_gpu else {}
+    vllm = {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": options.memory,
+            "vllm_max_model_length": LONGEST} if on_gpu else {}  # fmt: skip
     return GRPOConfig(
         output_dir=str(options.folder / "trl"), num_generations=SAMPLES, learning_rate=options.lr, seed=options.seed,
         per_device_train_batch_size=SAMPLES * (QUESTIONS if on_gpu else 1), gradient_accumulation_steps=1,

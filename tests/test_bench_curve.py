@@ -15,9 +15,9 @@ def points(*accuracies, seconds=1.0):
     return [[5 * i, 1280 * i, seconds * i, accuracy] for i, accuracy in enumerate(accuracies)]
 
 
-def result(side, *accuracies, seconds=1.0):
+def result(side, *accuracies, seconds=1.0, seed=1, beside=False):
     found = points(*accuracies, seconds=seconds)
-    return {"variant": side, "curve": found, **curve.reached(found)}
+    return {"variant": side, "curve": found, "seed": seed, "beside_others": beside, **curve.reached(found)}
 
 
 def test_no_pair_is_trained_on_and_held_out_in_any_order():
@@ -59,15 +59,18 @@ def test_the_first_step_at_a_goal_counts():
     assert curve.reached(points(0.2, 0.3))["seconds_to_70%"] is None
 
 
-def test_both_sides_are_compared_at_equal_steps():
-    ours = [result(curve.OURS, 0.2, 0.6, 0.8), result(curve.OURS, 0.2, 0.7, 0.8)]
-    theirs = [result(curve.THEIRS, 0.2, 0.5, 0.7, seconds=2.0), result(curve.THEIRS, 0.2, 0.5, 0.8, seconds=2.0)]
-    (row,) = curve.compared({curve.OURS: ours, curve.THEIRS: theirs})
+def test_both_sides_are_compared_at_equal_steps_and_timed_alone():
+    ours = [result(curve.OURS, 0.2, 0.6, 0.8), result(curve.OURS, 0.2, 0.7, 0.8, seed=2)]
+    theirs = [result(curve.THEIRS, 0.2, 0.5, 0.7, seconds=2.0), result(curve.THEIRS, 0.2, 0.5, 0.8, seconds=2, seed=2)]
+    (row,) = curve.compared([*ours, *theirs])
     assert row["seconds_to_goal"] == [(2.0, 4.0), (1.0, 4.0)] and row["times_faster"] == pytest.approx(8 / 3)
     assert row["accuracy_by_step"][1] == [5, pytest.approx(0.65), pytest.approx(0.5)] and row["met"]
-    slower = [result(curve.OURS, 0.2, 0.6, 0.8, seconds=4.0)]
-    assert next(iter(curve.compared({curve.OURS: slower, curve.THEIRS: theirs})))["met"] is False
-    assert list(curve.compared({curve.OURS: ours, curve.THEIRS: []})) == []
+    slower = result(curve.OURS, 0.2, 0.6, 0.8, seconds=4.0)
+    assert next(iter(curve.compared([slower, *theirs])))["met"] is False
+    beside = result(curve.OURS, 0.2, 0.6, 0.8, beside=True)
+    (row,) = curve.compared([beside, *theirs])
+    assert row["seconds_to_goal"] == [] and row["times_faster"] is row["met"] is None
+    assert list(curve.compared(ours)) == []
 
 
 def test_the_figure_holds_every_seed(tmp_path):
