@@ -20,7 +20,7 @@ import inspect
 import itertools
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -92,8 +92,21 @@ def smallest(
         yield replace(made, level=question.level)
 
 
-def reasoning_gym(dataset: str, seed: int, **options: Any) -> Iterator[Question]:
-    """The problems of a reasoning-gym data set; `options` are its own. The entry goes along for its scorer."""
+def reasoning_gym(
+    dataset: str, seed: int, *, levels: Sequence[Mapping[str, Any]] = (), **options: Any
+) -> Iterator[Question]:
+    """The problems of a reasoning-gym data set; `options` are its own. The entry goes along for its scorer.
+
+    With `levels`, further options from the easiest to the hardest, each problem is of one of them, drawn evenly, and has
+    its number as its level.
+    """
+    if levels:
+        seeds = [_sub_seed(seed, f"level {number}") for number in range(len(levels))]
+        sources = [reasoning_gym(dataset, s, **{**options, **one}) for s, one in zip(seeds, levels, strict=True)]
+        rng = random.Random(seed)
+        while True:
+            level = rng.randrange(len(sources))
+            yield replace(next(sources[level]), level=level + 1)
     library = _reasoning_gym()
     if dataset not in library.factory.DATASETS:
         hint = nearest(dataset, library.factory.DATASETS)

@@ -178,3 +178,14 @@ def test_a_module_with_an_error_is_the_users_mistake(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     with pytest.raises(UserError, match="can't import 'half_written' \\(SyntaxError"):
         splits("half_written:doubles", {"test": 5}, 0)
+
+
+def test_reasoning_gym_levels_are_drawn_evenly_and_noted():
+    pytest.importorskip("reasoning_gym")
+    levels = [{"min_terms": n, "max_terms": n} for n in (2, 4)]
+    made = splits("reasoning_gym:chain_sum", {"train": 60}, 3, {"levels": levels, "max_digits": 2})["train"]
+    by_level = {level: [q for q in made if q.level == level] for level in (1, 2)}
+    assert min(map(len, by_level.values())) > 20
+    for level, terms in ((1, 2), (2, 4)):
+        assert all(len(re.findall(r"\d+", q.text)) == terms for q in by_level[level])
+        assert all(max(map(int, re.findall(r"\d+", q.text))) < 100 for q in by_level[level])
