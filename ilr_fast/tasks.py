@@ -97,8 +97,8 @@ def reasoning_gym(
 ) -> Iterator[Question]:
     """The problems of a reasoning-gym data set; `options` are its own. The entry goes along for its scorer.
 
-    With `levels`, further options from the easiest to the hardest, each problem is of one of them, drawn evenly, and has
-    its number as its level.
+    With `levels`, further options from the easiest to the hardest, each problem is of one of them, drawn evenly, and
+    has its number as its level.
     """
     if levels:
         seeds = [_sub_seed(seed, f"level {number}") for number in range(len(levels))]

@@ -67,8 +67,8 @@ class EmbeddedEngine:
 
     `slots` requests run at once; a slot's memory grows with what it holds, up to `max_context` tokens of prompt and
     generation (default: the model's own limit). `stop_tokens` end a generation (finish "stop"): end of text and the
-    template's end of turn. `token_budget` bounds the prompt tokens of one step (default: 1,024, on a GPU 8,192); a longer
-    prompt takes several.
+    template's end of turn. `token_budget` bounds the prompt tokens of one step (default: 1,024, on a GPU 8,192); a
+    longer prompt takes several.
     """
 
     def __init__(
