@@ -93,7 +93,7 @@ def same_without_algebra(gold: str, answer: str) -> bool | None:
     one, other = plain_number(gold_bare), plain_number(answer_bare)
     if one is None or other is None:
         return None
-    apart = abs(one - other) > NEAR * max(abs(one), abs(other), 1)
+    apart = abs(one - other) > NEAR * max(abs(one), abs(other), Fraction(1))
     return True if one == other else (False if apart else None)
 
 
