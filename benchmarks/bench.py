@@ -1,7 +1,7 @@
 """`ilr-fast bench [NAME …]`: runs benchmarks, prints a table of each, writes their JSON and draws figures.
 
     ilr-fast bench lm_head advantage
-    ilr-fast bench figures                # draws again from benchmarks/results/lm_head_sweep.json; needs no GPU
+    ilr-fast bench figures                # draws again from benchmarks/results; needs no GPU
 
 Without names, all that fit the machine. Errors are found first; a variant whose error is too large gets no time, and
 the exit status is then 1.
@@ -19,8 +19,9 @@ from ilr_fast.errors import RunError, UserError, nearest
 GPU = ("lm_head", "lm_head_shapes", "lm_head_sweep", "advantage", "adamw", "rollout", "sleep", "train_step",
        "step", "step_agents", "exactness", "memory")
 CPU = ("lm_head_cpu",)
-NAMED = ("graders",)  # only where named: it needs the data sets
-FIGURES, DRAWN = "figures", "lm_head_sweep"
+NAMED = ("graders", "curve")  # only where named: they need the data sets, or models and TRL
+ON_CPU = (*CPU, "graders")
+FIGURES, DRAWN = "figures", ("lm_head_sweep", "curve")
 
 
 def bench(
@@ -41,18 +42,18 @@ def bench(
             raise UserError(f"unknown benchmark {name!r}", "bench", nearest(name, known))
     if rounds < 1:
         raise UserError(f"{rounds} rounds", "--rounds", "give at least 1")
-    from ilr_benchmarks import common, figures
+    from ilr_benchmarks import common, curve_figure, figures
 
     common.given_commit(commit)
     device = _device(names, quick)
     chosen = [name for name in names if name != FIGURES] if names else (GPU if device == "cuda" else CPU)
-    draws = FIGURES in names or (draw and DRAWN in chosen)
-    if draws:
+    drawn = set(DRAWN) if FIGURES in names else set(DRAWN).intersection(chosen) if draw else set()
+    if drawn:
         figures.require_matplotlib()
     paths, wrong = [], []
     for name in chosen:
         run: Callable[..., Iterable[dict[str, Any]]] = import_module(f"ilr_benchmarks.{name}").run
-        where = "cpu" if name in (*CPU, *NAMED) else device
+        where = "cpu" if name in ON_CPU else device
         found = run(rounds=rounds, quick=quick, only_ours=only_ours, device=where)
         rows: list[dict[str, Any]] = []
         for row in found:  # of a long benchmark, what there is is kept as it comes
@@ -63,8 +64,8 @@ def bench(
         paths.append(common.write_results(name + ("_quick" if quick else ""), rows, command, out, commit))
         print(f"written: {paths[-1]}")
         wrong += [f"{name}: {row['variant']}" for row in rows if row.get("status", "").startswith("wrong")]
-    if draws:
-        for path in figures.draw_results(out, quick):
+    for name, files in (("lm_head_sweep", figures.draw_results), ("curve", curve_figure.draw_curves)):
+        for path in files(out, quick) if name in drawn else ():
             print(f"drawn: {path}")
     if wrong:
         raise RunError(f"wrong and therefore not timed: {'; '.join(wrong)}")
@@ -76,7 +77,7 @@ def _device(names: Sequence[str], quick: bool) -> str:
 
     if torch.cuda.is_available():
         return "cuda"
-    needs = [name for name in names if name in GPU]
+    needs = [name for name in names if name in (*GPU, "curve")]
     if needs and not quick:
         raise UserError(f"{needs[0]} needs an NVIDIA GPU", "bench", "--quick runs its variants on the CPU, small")
     return "cpu"

@@ -155,7 +155,7 @@ class DataConfig:
 class PromptConfig:
     """What agents are told. The texts stand in one file of templates."""
 
-    file: str = key("default", "The prompts: a built-in name (`default`, `short`) or a path to a YAML file.")
+    file: str = key("default", "The prompts: a built-in name (`default`, `short`, `steps`) or a path to a YAML file.")
     examples: int = key(0, "Worked examples shown before the question, from the training questions.", low=0)
 
 
@@ -205,7 +205,7 @@ class DifficultyConfig:
 class RewardConfig:
     """What an answer is worth. Evaluation counts right answers only."""
 
-    name: str = key("math", "`math`, `number`, `choice`, `code`, `task`, or `module:Class` of your own.")
+    name: str = key("math", "`math`, `number`, `steps`, `choice`, `code`, `task`, or `module:Class` of your own.")
     format_weight: float = key(0.1, "Reward for an answer in the asked form; 0: rewards of two values.", low=0)
     stage_reward: Literal["own", "final"] = key(
         "own", "own: sharing gets its own answer's reward, later stages the fused one's; final: all get that."

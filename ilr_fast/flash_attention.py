@@ -113,10 +113,17 @@ class _Flash(torch.autograd.Function):
 
 
 def usable(plan: TreePlan, x: Tensor, size: int, softcap: float | None, dropout: float) -> bool:
-    """Whether the kernel fits: half precision on CUDA, no soft-cap, and stems that are not copied too often.
+    """Whether the kernel fits for training: as `kernel_fits`, and stems that are not copied too often.
 
-    `x` has the queries' device and dtype, `size` is the size of a head. The first call for a device and head size
-    compares the kernel with a softmax written out.
+    `x` has the queries' device and dtype, `size` is the size of a head.
+    """
+    return plan.gathered <= MOST_GATHERED * plan.tokens and kernel_fits(x, size, softcap, dropout)
+
+
+def kernel_fits(x: Tensor, size: int, softcap: float | None, dropout: float) -> bool:
+    """Whether torch's kernel runs here: half precision on CUDA, no soft-cap, no dropout, a size of heads that it knows.
+
+    The first call for a device and head size compares it with a softmax written out.
     """
     if x.device.type != "cuda" or x.dtype not in (torch.bfloat16, torch.float16):
         return False
@@ -124,8 +131,6 @@ def usable(plan: TreePlan, x: Tensor, size: int, softcap: float | None, dropout:
         return False
     if size > 192 and torch.cuda.get_device_capability(x.device) not in ((8, 0), (9, 0), (10, 0)):
         return False  # its backward pass needs more shared memory than these cards have
-    if plan.gathered > MOST_GATHERED * plan.tokens:
-        return False
     return _agrees(x.device, x.dtype, size)
 
 

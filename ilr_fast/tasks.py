@@ -20,7 +20,7 @@ import inspect
 import itertools
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,13 +35,16 @@ _DRAWS = 50  # problems drawn for each one wanted, before the task counts as exh
 _CHUNK = 500  # reasoning-gym's data sets have a size; one after the other is taken
 
 
-def problem(text: str, answer: str, *, canonical: str | None = None, **metadata: Any) -> Question:
+def problem(
+    text: str, answer: str, *, canonical: str | None = None, solution: str | None = None, **metadata: Any
+) -> Question:
     """A generated problem. `canonical` is equal for problems that are the same in another order.
 
     Left out, it is the text's words in alphabetical order: 12 + 7 and 7 + 12 are one problem (and so are 12 - 7 and
-    7 - 12, which costs nothing but one of them).
+    7 - 12, which costs nothing but one of them). `solution` is what a worked example may show; left out, the answer.
     """
-    return Question("", text, answer, solution=answer, canonical=canonical or _in_any_order(text), metadata=metadata)
+    canonical = canonical or _in_any_order(text)
+    return Question("", text, answer, solution=solution or answer, canonical=canonical, metadata=metadata)
 
 
 def largest(
@@ -63,14 +66,19 @@ def largest(
         yield made if most == numbers else replace(made, level=count - numbers + 1)
 
 
-def sums(seed: int, *, low: int = 1, high: int = 99) -> Iterator[Question]:
-    """What is 12 + 7?"""
+def sums(seed: int, *, low: int = 1, high: int = 99, numbers: int = 2) -> Iterator[Question]:
+    """What is 12 + 7 + 30? The solution adds one number after the other: 12 + 7 = 19, 19 + 30 = 49."""
     if high < low:
         raise ValueError(f"low = {low} lies above high = {high}")
+    if numbers < 2:
+        raise ValueError(f"a sum of {numbers} numbers: give 2 or more")
     rng = random.Random(seed)
     while True:
-        a, b = rng.randint(low, high), rng.randint(low, high)
-        yield problem(f"What is {a} + {b}?", str(a + b), canonical=f"sum {sorted((a, b))}")
+        drawn = [rng.randint(low, high) for _ in range(numbers)]
+        totals = list(itertools.accumulate(drawn))
+        steps = [f"{a} + {b} = {c}" for a, b, c in zip(totals, drawn[1:], totals[1:], strict=False)]
+        text = f"What is {' + '.join(map(str, drawn))}?"
+        yield problem(text, str(totals[-1]), canonical=f"sum {sorted(drawn)}", solution=", ".join(steps))
 
 
 def smallest(
@@ -84,8 +92,21 @@ def smallest(
         yield replace(made, level=question.level)
 
 
-def reasoning_gym(dataset: str, seed: int, **options: Any) -> Iterator[Question]:
-    """The problems of a reasoning-gym data set; `options` are its own. The entry goes along for its scorer."""
+def reasoning_gym(
+    dataset: str, seed: int, *, levels: Sequence[Mapping[str, Any]] = (), **options: Any
+) -> Iterator[Question]:
+    """The problems of a reasoning-gym data set; `options` are its own. The entry goes along for its scorer.
+
+    With `levels`, further options from the easiest to the hardest, each problem is of one of them, drawn evenly, and
+    has its number as its level.
+    """
+    if levels:
+        seeds = [_sub_seed(seed, f"level {number}") for number in range(len(levels))]
+        sources = [reasoning_gym(dataset, s, **{**options, **one}) for s, one in zip(seeds, levels, strict=True)]
+        rng = random.Random(seed)
+        while True:
+            level = rng.randrange(len(sources))
+            yield replace(next(sources[level]), level=level + 1)
     library = _reasoning_gym()
     if dataset not in library.factory.DATASETS:
         hint = nearest(dataset, library.factory.DATASETS)

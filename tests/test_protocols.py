@@ -67,7 +67,7 @@ def test_default_messages_differ_by_interaction(reward, stage):
 
 
 def test_neutral_sharing_is_the_single_prompt():
-    for file in ("default", "short"):
+    for file in ("default", "short", "steps"):
         config = Config(prompts=PromptConfig(file=file))
         single, idea3 = load_protocol("single", config), load_protocol("idea3", config)
         assert single.message("single", View(QUESTION)) == idea3.message("sharing", View(QUESTION))
@@ -80,6 +80,7 @@ def test_worked_examples_and_ranking():
     short = load_prompts("default", "math").worked([replace(QUESTION, solution=None)])
     assert short[1].content == "The answer is \\boxed{19}."
     assert load_prompts("short", "number").worked([QUESTION])[1].content == "19"
+    assert load_prompts("steps", "number").worked([QUESTION])[1].content == "12 + 7 = 19"
     asked = load_prompts("default", "math").ranking([QUESTION, replace(QUESTION, text="1+1?")])
     assert "[1] What is {peers} + 7?\n[2] 1+1?" in asked and "2 numbers" in asked
 

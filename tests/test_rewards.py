@@ -167,4 +167,4 @@ def test_what_verifier_processes_import_is_light():
     code = "import sys, ilr_fast.rewards.worker, ilr_fast.rewards.math, ilr_fast.rewards.task\nprint(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "numpy", "transformers", "sympy"} & set(modules)
-    assert set(GRADERS) == {"math", "number", "choice", "code", "task"}
+    assert set(GRADERS) == {"math", "number", "steps", "choice", "code", "task"}

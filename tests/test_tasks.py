@@ -10,6 +10,7 @@ import pytest
 
 from ilr_fast import tasks
 from ilr_fast.errors import UserError
+from ilr_fast.rewards.number import read_number
 from ilr_fast.tasks import largest, problem, smallest, splits, sums, task_reward
 
 
@@ -49,6 +50,10 @@ def test_sums_say_what_they_mean():
         a, b = numbers_of(question)
         assert question.text == f"What is {a} + {b}?" and question.answer == str(a + b)
         assert 5 <= a <= 9 and 5 <= b <= 9
+    longer = next(sums(3, low=2, high=2, numbers=4))
+    assert longer.text == "What is 2 + 2 + 2 + 2?" and longer.answer == "8"
+    assert longer.solution == "2 + 2 = 4, 4 + 2 = 6, 6 + 2 = 8" and read_number(longer.solution) == 8
+    assert problem("What?", "1").solution == "1"
 
 
 def test_the_order_of_a_problem_does_not_count():
@@ -95,6 +100,7 @@ def test_a_test_set_of_more_than_a_quarter_is_refused():
         ("largest", {"numbers": 1}, "2 or more different numbers"),
         ("largest", {"low": "a"}, "options don't fit"),
         ("sums", {"low": 9, "high": 3}, "low = 9 lies above"),
+        ("sums", {"numbers": 1}, "give 2 or more"),
         ("no_such_module:task", {}, "can't import"),
         ("math:no_such_function", {}, "has no .no_such_function"),
     ],
@@ -172,3 +178,14 @@ def test_a_module_with_an_error_is_the_users_mistake(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     with pytest.raises(UserError, match="can't import 'half_written' \\(SyntaxError"):
         splits("half_written:doubles", {"test": 5}, 0)
+
+
+def test_reasoning_gym_levels_are_drawn_evenly_and_noted():
+    pytest.importorskip("reasoning_gym")
+    levels = [{"min_terms": n, "max_terms": n} for n in (2, 4)]
+    made = splits("reasoning_gym:chain_sum", {"train": 60}, 3, {"levels": levels, "max_digits": 2})["train"]
+    by_level = {level: [q for q in made if q.level == level] for level in (1, 2)}
+    assert min(map(len, by_level.values())) > 20
+    for level, terms in ((1, 2), (2, 4)):
+        assert all(len(re.findall(r"\d+", q.text)) == terms for q in by_level[level])
+        assert all(max(map(int, re.findall(r"\d+", q.text))) < 100 for q in by_level[level])

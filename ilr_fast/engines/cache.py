@@ -5,19 +5,23 @@ and in tokens. `CachePlan` is the attention plan (see attention.py) of one step:
 tokens' keys and values to their slots, then copies the prefixes that slots share, then lets each sequence attend to its
 slot. So even a prefix that is computed in this very step is computed once.
 
-Sequences with one new token (decoding) are attended to together, by ranges of neighbouring slots read in place; each
-longer piece (a prompt) by one call of its own.
+Where torch's ragged flash kernel runs, all sequences are attended to by one call (ragged.py). Elsewhere those with one
+new token (decoding) are attended to together, by ranges of neighbouring slots read in place; each longer piece (a
+prompt) by one call of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ilr_fast.attention import AttentionSettings, block_attention
+from ilr_fast.engines.ragged import RaggedReads
+from ilr_fast.flash_attention import RaggedKernel, kernel_fits, torch_kernel
 
 GROW_TOKENS = 64
 RANGE_OVERHEAD = 400  # keys of one slot that cost as much as one more range (measured with SmolLM2's heads)
@@ -98,9 +102,19 @@ class _Range:
 
 
 class CachePlan:
-    """Attention of one step. `pieces` in packed order: those with one new token first, by slot, then the others."""
+    """Attention of one step. `pieces` in packed order: those with one new token first, by slot, then the others.
 
-    def __init__(self, cache: SlotCache, pieces: Sequence[Piece], copies: Sequence[Copy], device: torch.device):
+    `kernel` attends to all of them; None: torch's own where it can, else one call for each range or piece.
+    """
+
+    def __init__(
+        self,
+        cache: SlotCache,
+        pieces: Sequence[Piece],
+        copies: Sequence[Copy],
+        device: torch.device,
+        kernel: RaggedKernel | None = None,
+    ):
         singles = [p for p in pieces if p.new == 1]
         self._long = [p for p in pieces if p.new > 1]
         assert list(pieces) == sorted(singles, key=lambda p: p.slot) + self._long, "single tokens first, by slot"
@@ -110,9 +124,7 @@ class CachePlan:
         self._slot_T = torch.tensor([p.slot for p in pieces for _ in range(p.new)], device=device)
         positions = [n for p in pieces for n in range(p.past, p.past + p.new)]
         self.positions_T = torch.tensor(positions, device=device)
-        self._copies = [(c.source, torch.tensor(c.targets, device=device), c.length) for c in copies]
-        self._ranges = [self._range(singles[a:b], a) for a, b in _join_neighbours(singles)]
-        self._singles = len(singles)
+        self._pieces, self._singles, self._copies, self._kernel = pieces, singles, copies, kernel
         self._masks: dict[tuple[int, int | None], Tensor | None] = {}
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, settings: AttentionSettings) -> Tensor:
@@ -120,20 +132,37 @@ class CachePlan:
         keys, values = self._cache.layer(layer, key)
         keys[self._slot_T, :, self.positions_T] = key[0].transpose(0, 1)
         values[self._slot_T, :, self.positions_T] = value[0].transpose(0, 1)
-        for source, targets, length in self._copies:
+        query_THD = query[0].transpose(0, 1)
+        if self._kernel or kernel_fits(query, query.shape[-1], settings.softcap, settings.dropout):
+            kernel = self._kernel or torch_kernel()
+            for tensor in (keys, values):
+                self._reads.copy_prefixes(tensor)
+            return self._reads.attend(query_THD, keys, values, settings, kernel)[None]
+        for source, targets, length in self._targets:
             # Cloned: torch refuses to write to a dense tensor (length = capacity) from a part of itself.
             keys[targets, :, :length] = keys[source, :, :length].clone()
             values[targets, :, :length] = values[source, :, :length].clone()
-        query_THD = query[0].transpose(0, 1)
         out_THD = torch.empty_like(query_THD, memory_format=torch.contiguous_format)
         for number, part in enumerate(self._ranges):
             self._attend_range(number, part, query_THD, keys, values, settings, out_THD)
-        start = self._singles
+        start = len(self._singles)
         for piece in self._long:
             end = start + piece.new
             self._attend_piece(piece, query[:, :, start:end], keys, values, settings, out_THD[start:end])
             start = end
         return out_THD[None]
+
+    @cached_property
+    def _reads(self) -> RaggedReads:
+        return RaggedReads(self._pieces, self._copies, self._device)
+
+    @cached_property
+    def _targets(self) -> list[tuple[int, Tensor, int]]:
+        return [(c.source, torch.tensor(c.targets, device=self._device), c.length) for c in self._copies]
+
+    @cached_property
+    def _ranges(self) -> list[_Range]:
+        return [self._range(self._singles[a:b], a) for a, b in _join_neighbours(self._singles)]
 
     def _attend_range(
         self,

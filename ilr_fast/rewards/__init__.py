@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # verifier processes import this package too, many times a st
 GRADERS = {
     "math": "ilr_fast.rewards.math:MathGrader",
     "number": "ilr_fast.rewards.number:NumberGrader",
+    "steps": "ilr_fast.rewards.steps:StepsGrader",
     "choice": "ilr_fast.rewards.choice:ChoiceGrader",
     "code": "ilr_fast.rewards.code:CodeGrader",
     "task": "ilr_fast.rewards.task:TaskGrader",

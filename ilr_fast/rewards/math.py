@@ -4,14 +4,16 @@ r"""Mathematics: math-verify on the last \boxed{} of the text, in a process that
     grader.grade(question, r"… so it is \boxed{\frac{1}{2}}.")
 
 The asked form is a \boxed{}; a text without one is wrong. Answers that need no algebra take no process: the same
-LaTeX up to spacing, or two integers. Of several values the order does not matter, and all must be there. A text that
-runs the verifier out of time or memory is worth 0. So is a box far longer than the answer: it is not looked at.
+LaTeX up to spacing, or two plain numbers. Of several values the order does not matter, and all must be there. A text
+that runs the verifier out of time or memory is worth 0. So is a box far longer than the answer: it is not looked at.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import re
+from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
 from ilr_fast.errors import UserError
@@ -21,6 +23,11 @@ from ilr_fast.rewards.pool import Broken, Pool, spawn_worker
 from ilr_fast.types import Grade, Question
 
 INTEGER = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,18})")
+DIGITS = "[0-9]{1,18}"
+PLAIN = re.compile(  # sign; 12 or 1.5; 3/4; \frac{3}{4}
+    rf"(-?)(?:({DIGITS}(?:\.{DIGITS})?|\.{DIGITS})|({DIGITS})/({DIGITS})|\\frac *\{{(-?{DIGITS})\}}\{{(-?{DIGITS})\}})"
+)
+NEAR = Fraction(1, 1000)  # math-verify calls 0.333333 and 1/3 equal; what is further apart than this is not
 BASE = re.compile(r"_\{?([0-9]+)\}?$")  # 4343_6: math-verify reads the digits and drops the base
 DECORATION = re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\\[!;: ]|\$|\.$")
 
@@ -72,7 +79,7 @@ class MathGrader(BaseGrader):
 
 
 def same_without_algebra(gold: str, answer: str) -> bool | None:
-    """Whether two answers agree, where that shows without algebra: the same LaTeX, or two integers; else None."""
+    """Whether two answers agree, where that shows without algebra: the same LaTeX, or plain numbers; else None."""
     if len(answer) > 4 * len(gold) + 200:
         return None
     gold_bare, answer_bare = _bare(gold), _bare(answer)
@@ -83,7 +90,23 @@ def same_without_algebra(gold: str, answer: str) -> bool | None:
         return False
     if INTEGER.fullmatch(gold_bare) and INTEGER.fullmatch(answer_bare):
         return int(gold_bare.replace(",", "")) == int(answer_bare.replace(",", ""))
-    return None
+    one, other = plain_number(gold_bare), plain_number(answer_bare)
+    if one is None or other is None:
+        return None
+    apart = abs(one - other) > NEAR * max(abs(one), abs(other), Fraction(1))
+    return True if one == other else (False if apart else None)
+
+
+def plain_number(bare: str) -> Fraction | None:
+    """The value of an integer, a decimal or a fraction of integers; None for everything else."""
+    found = PLAIN.fullmatch(bare)
+    if found is None:
+        return None
+    sign, decimal, above, below, upper, lower = found.groups()
+    if int(below or lower or 1) == 0:
+        return None
+    value = Fraction(decimal) if decimal else Fraction(int(above or upper), int(below or lower))
+    return -value if sign else value
 
 
 def _bare(latex: str) -> str:
@@ -93,17 +116,23 @@ def _bare(latex: str) -> str:
 
 def verify(request: dict[str, Any] | None) -> dict[str, Any]:
     """In the verifier process: whether `answer` equals `gold`, both the inside of a box. None only imports."""
-    from math_verify import LatexExtractionConfig, parse
     from math_verify import verify as equal
 
+    from ilr_fast.rewards import math_quick
+
     if request is None:
+        math_quick.install()
+        equal(list(_read("x^2 - 1")), list(_read("(x - 1)(x + 1)")), timeout_seconds=0)  # what is imported on first use
         return {}
-
-    def read(latex: str) -> list[Any]:
-        plain = latex.replace(r"\$", "").replace("$", "").strip().removesuffix(".")  # "8/5 + 1/5 i." reads as 1/5
-        return parse(rf"\boxed{{{plain}}}", [LatexExtractionConfig(boxed_match_priority=0)], parsing_timeout=0)
-
-    gold = read(request["gold"])
+    gold = _read(request["gold"])
     if not gold:
         return {"broken": f"math-verify cannot read the answer {request['gold'][:100]!r} of the data"}
-    return {"correct": bool(equal(gold, read(request["answer"]), timeout_seconds=0))}
+    return {"correct": bool(equal(list(gold), list(_read(request["answer"])), timeout_seconds=0))}
+
+
+@lru_cache(maxsize=4096)  # a question's answer is compared with those of a whole group, many of which are equal
+def _read(latex: str) -> tuple[Any, ...]:
+    from math_verify import LatexExtractionConfig, parse
+
+    plain = latex.replace(r"\$", "").replace("$", "").strip().removesuffix(".")  # "8/5 + 1/5 i." reads as 1/5
+    return tuple(parse(rf"\boxed{{{plain}}}", [LatexExtractionConfig(boxed_match_priority=0)], parsing_timeout=0))

@@ -1,0 +1,197 @@
+"""GRPO's learning curve beside TRL's: held-out accuracy over steps and seconds, same problems, samples and rate.
+
+    ilr-fast bench curve --rounds 3                 # one NVIDIA GPU with vLLM and TRL, three seeds; four minutes a seed
+    python -m ilr_benchmarks.curve 2,3 --out DIR    # seeds side by side, added to DIR/curve.json: curves without times
+
+SmolLM2-135M-Instruct learns sums a + b of 1 to 50 from the bare prompt `Question: What is 12 + 7?\\nAnswer:`; an answer
+ends with its line, is right where its one number (the last one of an equation) is the sum, and earns 1 or 0. Both take
+32 questions × 8 samples a step at temperature 1, at most 12 tokens, AdamW with a constant rate, β = 0, one update a
+step, vLLM in the trainer's process. Of the 1,275 unordered pairs 200 are held out for the curve (greedy) and 100 more
+for the test; the rest are trained on in both orders. Ours is `configs/gpu/sums.yaml`, TRL's all else as TRL has it.
+
+Each run is a process of its own, ours before TRL's, and writes as it goes (into TMPDIR while it runs): a row is there
+even where the process was ended. `seconds` are those of training: without start, evaluation and checkpoints, the first
+steps' compilation included. A row's `curve` lists [step, samples, seconds, accuracy].
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ilr_benchmarks.common import HERE, row, write_results
+
+from ilr_fast.metrics import read_metrics
+
+HIGH, HELD_OUT, TEST = 50, 200, 100
+QUESTIONS, SAMPLES, STEPS, EVERY, RATE = 32, 8, 80, 5, 2e-5
+GOALS = (0.5, 0.6, 0.7)
+GOAL, TARGET = 0.7, 2.0  # ours must be there in half of TRL's time
+OURS, THEIRS = "ilr-fast", "TRL"
+Point = list[float]  # step, samples, seconds, accuracy
+
+
+def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> Iterator[dict[str, Any]]:
+    """A row for each seed and side as its process ends, one after the other, then one that compares the sides."""
+    found = []
+    for seed in range(1, min(rounds, 3) + 1):
+        for side in (OURS,) if only_ours else (OURS, THEIRS):
+            found.append(one_run(side, seed, quick=quick, device=device))
+            yield found[-1]
+    yield from compared(found)
+
+
+def one_run(side: str, seed: int, *, quick: bool, device: str, beside: bool = False) -> dict[str, Any]:
+    """Trains in a process of its own; a row, whatever became of it. `beside`: with others, so its times don't count."""
+    steps, every = (2, 1) if quick else (STEPS, EVERY)
+    shape = f"SmolLM2-135M-Instruct, {QUESTIONS} × {SAMPLES} samples a step, lr {RATE:g}, seed {seed}"
+    if side == THEIRS and not find_spec("trl"):
+        return row(side, shape, [], status="TRL is not installed", seed=seed, curve=[])
+    folder = Path(tempfile.mkdtemp(prefix=f"curve_{side}_{seed}_"))
+    write_problems(folder, seed)
+    command = ours(folder, seed, steps, every, quick) if side == OURS else theirs(folder, seed, steps, every, device)
+    if beside:
+        command += ["memory_check=warn"] if side == OURS else ["--memory=0.15"]
+    start = time.perf_counter()
+    with open(folder / "log", "w") as log:
+        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment(side, seed)).returncode
+    wall = time.perf_counter() - start
+    curve, seconds = our_curve(folder / "run", quick) if side == OURS else their_curve(folder / "trl.jsonl")
+    if status:
+        print((folder / "log").read_text()[-2000:])
+    else:
+        shutil.rmtree(folder)
+    return row(
+        side, shape, seconds, status="timed" if not status else f"ended with {status}", seed=seed, curve=curve,
+        beside_others=beside, wall_seconds=wall, train_seconds=sum(seconds), **reached(curve),
+    )  # fmt: skip
+
+
+def pairs(seed: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]], list[tuple[int, int]]]:
+    """(train, held out, test): no unordered pair in two of them; training has both orders."""
+    every = [(a, b) for a in range(1, HIGH + 1) for b in range(a, HIGH + 1)]
+    random.Random(f"sums {seed}").shuffle(every)
+    held, test, rest = every[:HELD_OUT], every[HELD_OUT : HELD_OUT + TEST], every[HELD_OUT + TEST :]
+    return sorted({pair for a, b in rest for pair in ((a, b), (b, a))}), held, test
+
+
+def write_problems(folder: Path, seed: int) -> None:
+    """train.jsonl, validation.jsonl and test.jsonl: rows with question and answer."""
+    for name, part in zip(("train", "validation", "test"), pairs(seed), strict=True):
+        rows = [{"question": f"What is {a} + {b}?", "answer": str(a + b)} for a, b in part]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+def ours(folder: Path, seed: int, steps: int, every: int, quick: bool) -> list[str]:
+    """The command of our run."""
+    keys: dict[str, Any] = {
+        "run": folder / "run", "seed": seed, "steps": steps, "evaluate.every": every, "checkpoint.every": "null",
+        "agents.smollm2.optimizer.lr": RATE, "evaluate.validation_limit": HELD_OUT,
+    }  # fmt: skip
+    keys |= {f"data.{name}": folder / f"{name}.jsonl" for name in ("train", "validation", "test")}
+    keys |= {f"data.{name}_size": "null" for name in ("train", "validation", "test")}
+    if quick:
+        keys |= {"engine.name": "embedded", "engine.cache_gib": "null", "rollout.questions": 2, "data.test_size": 4,
+                 "evaluate.validation_limit": 4}  # fmt: skip
+    config = HERE.parent / "configs" / "gpu" / "sums.yaml"
+    return [sys.executable, "-m", "ilr_fast.cli", "train", str(config), *(f"{k}={v}" for k, v in keys.items())]
+
+
+def theirs(folder: Path, seed: int, steps: int, every: int, device: str) -> list[str]:
+    """The command of TRL's run."""
+    facts = {"folder": folder, "seed": seed, "steps": steps, "every": every, "lr": RATE, "device": device}
+    return [sys.executable, "-m", "ilr_benchmarks.curve_trl", *(f"--{key}={value}" for key, value in facts.items())]
+
+
+def environment(side: str, seed: int) -> dict[str, str]:
+    """What TRL needs to be a group of one process."""
+    alone = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "VLLM_LOGGING_LEVEL": "ERROR", "RANK": "0",
+             "MASTER_ADDR": "localhost", "MASTER_PORT": str(29510 + seed), "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    return {**os.environ, **(alone if side == THEIRS else {})}
+
+
+def our_curve(run_folder: Path, quick: bool = False) -> tuple[list[Point], list[float]]:
+    """The curve by the run's metrics, and each step's seconds without evaluation and checkpoint."""
+    curve, seconds = [], []
+    for at in read_metrics(run_folder):
+        spent = at["seconds"]
+        seconds.append(spent["total"] - (spent["evaluate"] or 0.0) - (spent["checkpoint"] or 0.0))
+        accuracy = at["agents"]["smollm2"]["validation_accuracy"]
+        if accuracy is not None:
+            curve.append([at["step"], at["step"] * (2 if quick else QUESTIONS) * SAMPLES, sum(seconds), accuracy])
+    return curve, seconds
+
+
+def their_curve(file: Path) -> tuple[list[Point], list[float]]:
+    """The same by the lines of curve_trl.py."""
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    curve = [[at["step"], at["step"] * QUESTIONS * SAMPLES, at["seconds"], at["accuracy"]]
+             for at in lines if "accuracy" in at]  # fmt: skip
+    return curve, [at["step_seconds"] for at in lines if "step_seconds" in at]
+
+
+def reached(curve: Sequence[Point]) -> dict[str, float | None]:
+    """Training seconds and steps until the curve is first at each goal; None where it never is."""
+    told: dict[str, float | None] = {}
+    for goal in GOALS:
+        first = next((point for point in curve if point[3] >= goal), None)
+        told |= {f"seconds_to_{goal:.0%}": first and first[2], f"steps_to_{goal:.0%}": first and first[0]}
+    return told
+
+
+def compared(found: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Ours against TRL's: seconds to the goal where both ran alone, accuracy at equal samples as the mean of seeds."""
+    sides = [{r["seed"]: r for r in found if r["variant"] == side and r["curve"]} for side in (OURS, THEIRS)]
+    both = [(sides[0][seed], sides[1][seed]) for seed in sorted(sides[0].keys() & sides[1].keys())]
+    if not both:
+        return
+    key = f"seconds_to_{GOAL:.0%}"
+    times = [(a[key], b[key]) for a, b in both if not a["beside_others"] and not b["beside_others"]]
+    known = [(a, b) for a, b in times if a is not None and b is not None]
+    faster = sum(b for _, b in known) / sum(a for a, _ in known) if known else None
+    steps = sorted(set.intersection(*({p[0] for p in side["curve"]} for pair in both for side in pair)))
+    table = [[step, *(sum(_at(pair[i], step) for pair in both) / len(both) for i in (0, 1))] for step in steps]
+    mean = [sum(line[i] for line in table) / len(table) for i in (1, 2)] if table else []
+    yield row(
+        f"{OURS} against {THEIRS}", f"{len(both)} seeds", [], status="compared", seconds_to_goal=times,
+        times_faster=faster, accuracy_by_step=table, mean_accuracy=mean,
+        target=f"{GOAL:.0%} ≥ {TARGET:g}× sooner; mean accuracy over the steps no lower",
+        met=None if faster is None else faster >= TARGET and mean[0] >= mean[1],
+    )  # fmt: skip
+
+
+def _at(found: Mapping[str, Any], step: float) -> float:
+    return next(point[3] for point in found["curve"] if point[0] == step)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Learning curves of several seeds, side by side on one GPU")
+    parser.add_argument("seeds", help="separated by commas")
+    parser.add_argument("--out", type=Path, required=True, help="folder of curve.json, whose other rows stay")
+    parser.add_argument("--only", choices=(OURS, THEIRS))
+    options = parser.parse_args()
+    file, seeds = options.out / "curve.json", [int(seed) for seed in options.seeds.split(",")]
+    runs = [(side, seed) for seed in seeds for side in ((options.only,) if options.only else (OURS, THEIRS))]
+    before = json.loads(file.read_text())["rows"] if file.exists() else []
+    found = [r for r in before if r["status"] != "compared" and (r["variant"], r["seed"]) not in runs]
+    with ThreadPoolExecutor(len(runs)) as threads:
+        futures = [threads.submit(one_run, *run, quick=False, device="cuda", beside=True) for run in runs]
+        for done in as_completed(futures):
+            found.append(done.result())
+            write_results("curve", [*found, *compared(found)], "ilr-fast bench curve", options.out)
+
+
+if __name__ == "__main__":
+    main()

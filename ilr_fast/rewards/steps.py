@@ -1,0 +1,58 @@
+"""Worked solutions of several results on one line: reward for each that is reached, in order, before the first mistake.
+
+    solution 12 + 7 = 19, 19 + 30 = 49, answer 49       correct   share   reward (format_weight 1)
+    12 + 7 = 19, 19 + 30 = 49                           yes       1       2
+    12 + 7 = 19, 19 + 30 = 48                           no        1/2     0.5
+    49                                                  yes       0       1
+
+    reward = 1 if the answer is right, as `number` reads it, plus format_weight · share
+
+`share` is the part of the solution's results, the numbers after its equals signs, that the text's results agree with up
+to the first that differs. A model that gets no long sum right can learn from such rewards, and they have several
+values, without which Perception Calibration changes nothing (docs/calibration.md). Evaluation counts right answers.
+"""
+
+from __future__ import annotations
+
+import re
+from itertools import takewhile
+
+from ilr_fast.rewards.base import BaseGrader
+from ilr_fast.rewards.number import LONGEST_LINE, NUMBER, read_number
+from ilr_fast.types import Grade, Question
+
+RESULT = re.compile(rf"=\s*({NUMBER.pattern})")
+
+
+class StepsGrader(BaseGrader):
+    """Grades the first line of a text against the results of the question's worked solution."""
+
+    def grade(self, question: Question, text: str) -> Grade:
+        """An answer of the data that is no number, or a solution without results, gives reward None."""
+        wanted, results = read_number(question.answer), found(question.solution or "")
+        if wanted is None or not results:
+            what = "the answer of the data must be a number, and its solution show results (1 + 2 = 3)"
+            return self.broken(False, None, what)
+        number = read_number(text)
+        share = reached(found(text), results)
+        answer = None if number is None else f"{number:f}"[:200]
+        return Grade(float(number == wanted) + self.format_weight * share, number == wanted, share == 1, answer)
+
+
+def found(text: str) -> list[str]:
+    """The results on the first line that is not empty, at most LONGEST_LINE characters of it.
+
+    >>> found("1 + 2 = 3, 3 + 4 = 7")
+    ['3', '7']
+    """
+    line = next((line for line in text[: 2 * LONGEST_LINE].splitlines() if line.strip()), "")
+    return [result.replace(",", "") for result in RESULT.findall(line[:LONGEST_LINE])]
+
+
+def reached(given: list[str], wanted: list[str]) -> float:
+    """The part of the wanted results that the given ones agree with up to the first difference, 0 to 1.
+
+    >>> reached(["3", "8"], ["3", "7"])
+    0.5
+    """
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(given, wanted, strict=False))) / len(wanted)

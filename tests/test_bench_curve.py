@@ -1,0 +1,85 @@
+"""`ilr-fast bench curve`: what both sides are given, how their files become curves, and what is compared."""
+
+import json
+
+import pytest
+
+curve = pytest.importorskip("ilr_benchmarks.curve")
+from ilr_benchmarks import curve_figure  # noqa: E402
+
+from ilr_fast.config_parse import load_config  # noqa: E402
+from ilr_fast.data import load_splits  # noqa: E402
+
+
+def points(*accuracies, seconds=1.0):
+    return [[5 * i, 1280 * i, seconds * i, accuracy] for i, accuracy in enumerate(accuracies)]
+
+
+def result(side, *accuracies, seconds=1.0, seed=1, beside=False):
+    found = points(*accuracies, seconds=seconds)
+    return {"variant": side, "curve": found, "seed": seed, "beside_others": beside, **curve.reached(found)}
+
+
+def test_no_pair_is_trained_on_and_held_out_in_any_order():
+    train, held, test = curve.pairs(1)
+    assert len(held) == 200 and len(test) == 100 and len({*held, *test}) == 300
+    assert {tuple(sorted(p)) for p in train}.isdisjoint({*held, *test})
+    assert {(b, a) for a, b in train} == set(train) and len({tuple(sorted(p)) for p in train}) == 1275 - 300
+    assert curve.pairs(1) == (train, held, test) != curve.pairs(2)
+
+
+def test_our_command_is_a_config_that_reads_the_problems(tmp_path):
+    curve.write_problems(tmp_path, 1)
+    *_, path, run, seed, steps = (command := curve.ours(tmp_path, 2, 60, 5, False))[:8]
+    assert (seed, steps) == ("seed=2", "steps=60") and run.startswith("run=")
+    config = load_config(path, command[5:])
+    assert (config.rollout.questions, config.rollout.samples) == (curve.QUESTIONS, curve.SAMPLES)
+    assert config.agents["smollm2"].optimizer.lr == curve.RATE and config.checkpoint.every is None
+    splits = load_splits(config.data, config.seed)
+    assert [len(splits[part]) for part in ("train", "validation", "test")] == [1917, 200, 100]
+
+
+def test_seconds_are_those_of_training(tmp_path):
+    def row(step, accuracy, evaluate):
+        seconds = {"total": 3.0, "evaluate": evaluate, "checkpoint": None}
+        return {"step": step, "seconds": seconds, "agents": {"smollm2": {"validation_accuracy": accuracy}}}
+
+    rows = [row(1, None, None), row(2, 0.5, 1.0), row(3, 0.75, 2.0)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert curve.our_curve(tmp_path) == ([[2, 512, 5.0, 0.5], [3, 768, 6.0, 0.75]], [3.0, 2.0, 1.0])
+    lines = [{"step": 0, "seconds": 0.0, "accuracy": 0.25}, {"step": 1, "step_seconds": 2.0}]
+    (tmp_path / "trl.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert curve.their_curve(tmp_path / "trl.jsonl") == ([[0, 0, 0.0, 0.25]], [2.0])
+    assert curve.their_curve(tmp_path / "none.jsonl") == ([], [])
+
+
+def test_the_first_step_at_a_goal_counts():
+    told = curve.reached(points(0.2, 0.61, 0.55, 0.72))
+    assert told["steps_to_50%"] == told["steps_to_60%"] == 5 and told["steps_to_70%"] == 15
+    assert curve.reached(points(0.2, 0.3))["seconds_to_70%"] is None
+
+
+def test_both_sides_are_compared_at_equal_steps_and_timed_alone():
+    ours = [result(curve.OURS, 0.2, 0.6, 0.8), result(curve.OURS, 0.2, 0.7, 0.8, seed=2)]
+    theirs = [result(curve.THEIRS, 0.2, 0.5, 0.7, seconds=2.0), result(curve.THEIRS, 0.2, 0.5, 0.8, seconds=2, seed=2)]
+    (row,) = curve.compared([*ours, *theirs])
+    assert row["seconds_to_goal"] == [(2.0, 4.0), (1.0, 4.0)] and row["times_faster"] == pytest.approx(8 / 3)
+    assert row["accuracy_by_step"][1] == [5, pytest.approx(0.65), pytest.approx(0.5)] and row["met"]
+    slower = result(curve.OURS, 0.2, 0.6, 0.8, seconds=4.0)
+    assert next(iter(curve.compared([slower, *theirs])))["met"] is False
+    beside = result(curve.OURS, 0.2, 0.6, 0.8, beside=True)
+    (row,) = curve.compared([beside, *theirs])
+    assert row["seconds_to_goal"] == [] and row["times_faster"] is row["met"] is None
+    assert list(curve.compared(ours)) == []
+
+
+def test_the_figure_holds_every_seed(tmp_path):
+    pytest.importorskip("matplotlib")
+    assert curve_figure.draw_curves(tmp_path, False) == []
+    rows = [result(side, 0.2, 0.5, 0.7) for side in (curve.OURS, curve.THEIRS) for _ in range(2)]
+    about = {"device": "H100", "versions": {"torch": "2.11"}, "commit": None, "date": "2026-11-26T02:00"}
+    (tmp_path / "curve.json").write_text(json.dumps({**about, "rows": rows}))
+    (file,) = curve_figure.draw_curves(tmp_path, False)
+    assert file.stat().st_size > 10_000
+    shorter = [points(0.2, 0.5), points(0.4, 0.7, 0.9)]
+    assert curve_figure.mean_curve(shorter) == [(0, 0.0, pytest.approx(0.3)), (5, 1.0, pytest.approx(0.6))]
