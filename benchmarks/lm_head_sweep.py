@@ -9,6 +9,7 @@ the host (`host.py`), which at few rows is most of it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from ilr_benchmarks import peers
@@ -50,8 +51,8 @@ FORWARD, LEAN = "ours, linear_logprob with entropy, forward", f"ours, chunk={SMA
 PLAIN = "plain PyTorch, whole logits"
 
 
-def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> list[dict[str, Any]]:
-    """Rows of all sizes, with `N`, `D`, `V` and the `axes` they lie on; at most five rounds each."""
+def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> Iterator[dict[str, Any]]:
+    """Rows of all sizes as they come, with `N`, `D`, `V` and the `axes` they lie on; at most five rounds each."""
     axes = QUICK if quick else AXES
     rows: list[dict[str, Any]] = []
     for size in dict.fromkeys(size for sizes in axes.values() for size in sizes):
@@ -61,9 +62,10 @@ def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> list[dict[
         found[0]["extra_gib"] = len(x.hidden_ND) * len(x.weight_VD) * x.weight_VD.element_size() / 2**30
         where = {"axes": [axis for axis, sizes in axes.items() if size in sizes], **dict(zip("NDV", size, strict=True))}
         rows += [row | where for row in found]
+        yield from rows[-len(found) :]
         del x
         release(device)
-    return rows + host_rows(QUICK["N"][:1] if quick else HOST, rows, device)
+    yield from host_rows(QUICK["N"][:1] if quick else HOST, rows, device)
 
 
 def cases(x: Problem, with_peers: bool) -> list[Case]:
