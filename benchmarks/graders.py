@@ -32,7 +32,8 @@ from ilr_fast.rewards.base import last_boxed
 from ilr_fast.rewards.math import MathGrader
 from ilr_fast.types import Question
 
-WORKERS = 2
+WORKERS = 2  # verifiers while the clock runs
+CHECKERS = max(WORKERS, min(4, os.cpu_count() or 1))  # verifiers of the checks
 MOST_WRONG = 0.005
 CALLS, CALLS_LIMIT = 20_000, 60.0  # seconds
 MATH_LIMIT, MBPP_LIMIT = 5.0, 60.0  # seconds for one answer; task 123 of MBPP takes 10 to 30
@@ -51,14 +52,15 @@ def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> Iterator[d
         raise UserError("no data sets there", "ILR_DATA", "export ILR_DATA=a folder with their JSONL files")
     limit = 12 if quick else None
     mathematics: list[Question] = []
-    with make_grader("math", time_limit=MATH_LIMIT, workers=WORKERS) as grader:
+    with make_grader("math", time_limit=MATH_LIMIT, workers=CHECKERS) as grader:
         for file in (file for file in files if not file.stem.startswith("mbpp")):
             questions = load_questions(str(file), limit=limit)
             mathematics += questions
             yield from _math_rows(file.stem, questions, grader)
+    with make_grader("math", time_limit=MATH_LIMIT, workers=WORKERS) as grader:
         yield _speed(mathematics, grader, 200 if quick else CALLS)
         yield _hostile(mathematics[0], grader)
-    with make_grader("code", time_limit=MBPP_LIMIT, workers=WORKERS) as grader:
+    with make_grader("code", time_limit=MBPP_LIMIT, workers=CHECKERS) as grader:
         for file in (file for file in files if file.stem.startswith("mbpp")):
             yield from _code_rows(file.stem, load_questions(str(file), limit=limit), grader)
 
@@ -83,7 +85,7 @@ class _Verifier:
         self._grader = grader
 
     def grade_many(self, pairs: Sequence[tuple[Question, str]]) -> list[Any]:
-        with ThreadPoolExecutor(WORKERS) as threads:
+        with ThreadPoolExecutor(CHECKERS) as threads:
             return list(threads.map(lambda pair: self._grader._ask(pair[0].answer, pair[1]), pairs))
 
 
