@@ -17,7 +17,7 @@ from typing import Any
 from ilr_fast.errors import RunError, UserError, nearest
 
 GPU = ("lm_head", "lm_head_shapes", "lm_head_sweep", "advantage", "adamw", "rollout", "sleep", "train_step",
-       "step", "step_agents", "exactness", "memory")
+       "step", "step_agents", "exactness", "memory", "memory_layers")
 CPU = ("lm_head_cpu",)
 NAMED = ("graders", "curve")  # only where named: they need the data sets, or models and TRL
 ON_CPU = (*CPU, "graders")

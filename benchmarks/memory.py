@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,13 +35,22 @@ SHAPE = f"a card of {CARD:g} GiB (ballast), true shapes with random weights"
 
 
 class Case(NamedTuple):
-    """A config, the sequences of an agent's update, the tokens of each request, and the seconds that it may take."""
+    """A config, the sequences of an agent's update, the tokens of each request, and the seconds that it may take.
+
+    With `keys` a whole run by `train` with these keys (memory_run.py), else phase by phase (memory_case.py).
+    """
 
     config: str
-    sequences: int
-    tokens: int
+    sequences: int = 0
+    tokens: int = 0
     limit: int = 110
+    keys: tuple[str, ...] = ()
 
+
+VLLM = tuple(
+    f"agents.{name}.engine={{name: vllm, slots: 32, max_context: 2048, cache_gib: 3, sleep: turns}}"
+    for name in ("llama", "qwen")
+)
 
 CASES = {
     "GRPO, 8B, LoRA, 8,192 tokens": Case("24gb/grpo_8b_lora.yaml", 4, 16),
@@ -47,39 +58,63 @@ CASES = {
     "ILR, 8B and 7B, LoRA, by turns": Case("24gb/ilr_8b_7b_lora.yaml", 8, 24),
     "ILR, 1.5B and 1.7B, full": Case("24gb/ilr_two_1.5b_full.yaml", 8, 24),
     "GRPO, 3B, full": Case("24gb/grpo_3b_full.yaml", 8, 24),
+    "ILR, 8B and 7B, LoRA, by turns, vLLM, a whole run": Case(
+        "24gb/ilr_8b_7b_lora.yaml", limit=150, keys=(*VLLM, "steps=2", "rollout.questions=4")
+    ),
 }
 
 
 def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> Iterator[dict[str, Any]]:
     """Rows by run and phase; a run that fails has a row that says how. `quick`: small shapes, on the CPU."""
     wanted = [part for part in os.environ.get("ILR_MEMORY_CASES", "").split(";") if part]
-    for name, case in CASES.items():
-        if wanted and not any(part in name for part in wanted):
-            continue
-        with nullcontext() if device == "cpu" else ballast(CARD), tempfile.TemporaryDirectory() as folder:
-            for found in _case(name, case, Path(folder), quick):
+    chosen = {n: case for n, case in CASES.items() if not wanted or any(part in n for part in wanted)}
+    with ExitStack() as stack:
+        places = {name: Path(stack.enter_context(tempfile.TemporaryDirectory())) for name in chosen}
+        if device != "cpu":
+            stack.enter_context(ballast(CARD))
+        workers = {name: stack.enter_context(_begun(case, places[name], quick)) for name, case in chosen.items()}
+        for name, worker in workers.items():
+            for found in _rows(name, chosen[name].limit, worker, places[name] / "log"):
                 print({k: v for k, v in found.items() if v is not None}, flush=True)
                 yield found
 
 
-def _case(name: str, case: Case, folder: Path, quick: bool) -> Iterator[dict[str, Any]]:
+@contextmanager
+def _begun(case: Case, folder: Path, quick: bool) -> Iterator[subprocess.Popen[str]]:
+    """A case's process, which imports what it needs and waits for the card."""
     asked = {
         "config": str(ROOT / "configs" / case.config), "folder": str(folder), "quick": quick, "gib": CARD,
-        "sequences": case.sequences, "tokens": case.tokens,
+        "sequences": case.sequences, "tokens": case.tokens, "keys": case.keys,
     }  # fmt: skip
-    command = ["timeout", str(case.limit), sys.executable, "-m", "ilr_benchmarks.memory_case", json.dumps(asked)]
-    log = folder / "log"
-    with log.open("w") as errors:
-        worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
-        assert worker.stdout is not None
-        for line in worker.stdout:
-            if line.startswith("{"):
-                yield _row(name, json.loads(line))
+    module = f"ilr_benchmarks.memory_{'run' if case.keys else 'case'}"
+    command = [sys.executable, "-m", module, json.dumps(asked)]
+    with (folder / "log").open("w") as log:
+        worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+    try:
+        yield worker
+    finally:
+        worker.kill()
+        worker.wait()
+
+
+def _rows(name: str, limit: int, worker: subprocess.Popen[str], log: Path) -> Iterator[dict[str, Any]]:
+    assert worker.stdin is not None and worker.stdout is not None
+    worker.stdout.readline()  # it is ready, or has ended
+    late = threading.Timer(limit, worker.kill)
+    late.start()
+    with suppress(BrokenPipeError):
+        worker.stdin.write("\n")
+        worker.stdin.close()
+    for line in worker.stdout:
+        if line.startswith("{"):
+            yield _row(name, json.loads(line))
+    status = worker.wait()
+    late.cancel()
     said = log.read_text()
-    print(said[-3000:], file=sys.stderr)
-    if worker.wait() != 0:
+    print(said[-3000:], file=sys.stderr, flush=True)
+    if status != 0:
         last = (said.strip().splitlines() or ["it ended"])[-1]
-        why = f"it took more than {case.limit} s" if worker.returncode == 124 else last[:300]
+        why = f"it took more than {limit} s" if status == -signal.SIGKILL else last[:300]
         yield row(name, SHAPE, [], status=f"wrong: {why}")
 
 

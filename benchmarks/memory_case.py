@@ -18,6 +18,7 @@ from typing import Any
 
 from ilr_benchmarks.shapes import small_shape, write_shape
 
+import ilr_fast.hosts.local  # noqa: F401 (imported before the card is used)
 from ilr_fast.card import PeakSampler
 from ilr_fast.config import Config
 from ilr_fast.config_parse import load_config
@@ -26,24 +27,31 @@ from ilr_fast.memory import GIB
 from ilr_fast.metrics import Timer
 from ilr_fast.plan import Machine, RunPlan, plan_run
 from ilr_fast.plan_command import filled, shapes_of
+from ilr_fast.team import open_team, prepare_chats
 from ilr_fast.types import Sampling, TrainingSequence, TrainingTurn
 
 STEPS = 2
 
 
 def main(asked: dict[str, Any]) -> None:
+    config, planned = _settled(asked)
+    chats = prepare_chats(config)
+    wait_for_the_card()
     with ExitStack() as stack:
-        sampler = stack.enter_context(PeakSampler())
-        config, planned = _settled(asked)
-        from ilr_fast.team import open_team, prepare_chats
-
+        sampler = stack.enter_context(PeakSampler(interval=0.005))
         begun = time.perf_counter()
-        team = stack.enter_context(open_team(config, prepare_chats(config)))
+        team = stack.enter_context(open_team(config, chats))
         say = _Speaker(planned, sampler)
         say("load", [time.perf_counter() - begun])
         seconds: dict[str, list[float]] = {}
         for step in range(1, STEPS + 1):
             _step(team, config, asked, step, seconds, say)
+
+
+def wait_for_the_card() -> None:
+    """Says `ready` and waits for a line: nothing that takes memory of the card has been done yet."""
+    print("ready", flush=True)
+    sys.stdin.readline()
 
 
 def _step(
@@ -76,7 +84,7 @@ def _step(
     results: list[Any] = []
     for name, host in hosts.items():
         phase = f"update {name}"
-        batch = [_sequence(words[name](contexts[name]), n, draw) for n in range(asked["sequences"])]
+        batch = [sequence(words[name](contexts[name]), n, draw) for n in range(asked["sequences"])]
         timed(phase, lambda host=host, batch=batch: results.append(host.update(batch, step)))
         say(phase, seconds[phase], quiet=not last, tokens=sum(len(s.tokens) for s in batch), note=results[-1].note)
     seconds.setdefault("step", []).append(time.perf_counter() - begun)
@@ -93,7 +101,7 @@ def _words(draw: random.Random, vocabulary: int) -> Callable[[int], list[int]]:
     return lambda count: [draw.randrange(3, vocabulary) for _ in range(count)]
 
 
-def _sequence(tokens: list[int], number: int, draw: random.Random) -> TrainingSequence:
+def sequence(tokens: list[int], number: int, draw: random.Random) -> TrainingSequence:
     """All but a prompt sampled, in one turn."""
     start = min(512, len(tokens) // 4)
     turn = TrainingTurn(start, len(tokens), draw.choice([-1.0, 1.0]), (-2.0,) * (len(tokens) - start))
@@ -144,15 +152,11 @@ def _by_torch() -> float | None:
 
 def _settled(asked: dict[str, Any]) -> tuple[Config, RunPlan]:
     """The config with shapes in place of models, filled in for the card."""
-    config = load_config(asked["config"])
-    agents, asked["vocabulary"] = {}, {}
-    for name, agent in config.agents.items():
-        write = small_shape if asked["quick"] else write_shape
-        folder = write(agent.model, Path(asked["folder"]))
-        engine = replace(agent.engine, max_context=256, slots=4) if asked["quick"] else agent.engine
-        agents[name] = replace(agent, model=str(folder), random_weights=True, chat_template="plain", engine=engine)
-        asked["vocabulary"][name] = json.loads((folder / "config.json").read_text())["vocab_size"]
-    config = replace(config, agents=agents, memory_check="warn")
+    config = with_shapes(load_config(asked["config"]), Path(asked["folder"]), quick=asked["quick"])
+    asked["vocabulary"] = {
+        name: json.loads((Path(agent.model) / "config.json").read_text())["vocab_size"]
+        for name, agent in config.agents.items()
+    }
     shapes, size = shapes_of(config), int(asked["gib"] * GIB)
     on_cpu = not _cuda()
     machine = Machine({} if on_cpu else {"cuda:0": size}, None)
@@ -160,6 +164,16 @@ def _settled(asked: dict[str, Any]) -> tuple[Config, RunPlan]:
     print("auto:", *filled(config, settled), file=sys.stderr)
     contexts = {name: agent.engine.max_context or 0 for name, agent in settled.agents.items()}
     return settled, plan_run(settled, shapes, machine, contexts)
+
+
+def with_shapes(config: Config, folder: Path, *, quick: bool) -> Config:
+    """The config with random weights of its models' shapes, written to `folder`; `quick`: of small ones."""
+    agents = {}
+    for name, agent in config.agents.items():
+        made = (small_shape if quick else write_shape)(agent.model, folder)
+        engine = replace(agent.engine, max_context=512, slots=4) if quick else agent.engine
+        agents[name] = replace(agent, model=str(made), random_weights=True, chat_template="plain", engine=engine)
+    return replace(config, agents=agents, memory_check="warn")
 
 
 def _cuda() -> bool:

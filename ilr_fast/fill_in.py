@@ -10,6 +10,7 @@ copy of them each way a step, recomputation a third of the training; so that is 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -69,18 +70,75 @@ def _replaced(node: Any, path: Sequence[str], value: Any) -> Any:
 def fill_in(
     config: Config, shapes: Mapping[str, ModelShape], machine: Machine, contexts: Mapping[str, int] | None = None
 ) -> Config:
-    """The config with a value for each `auto`: the fastest that fits with some room, else the smallest."""
+    """The config with a value for each `auto`: fast ones that fit with some room, else that fit, else the smallest.
+
+    What all agents share is tried in every combination; for each of them, what an agent has to itself is slowed down
+    step by step, that first which brings most for its cost, until it fits: plans in proportion to the agents' square.
+    """
     contexts = contexts or estimated_contexts(config)
-    smallest, least = None, float("inf")
-    for settings in _choices(config, machine, shapes):
-        chosen = set_keys(config, settings)
-        planned = plan_run(chosen, shapes, machine, contexts)
-        if _has_room(planned):
-            return chosen
-        if (excess := _excess(planned)) < least:
-            smallest, least = chosen, excess
-    assert smallest is not None
+    own = _own_choices(config, machine, shapes)
+    smallest, least = config, math.inf
+    for spare in (SPARE, 0.0):
+        best, lowest = None, math.inf
+        for shared, settings in sorted(_shared_choices(config, machine), key=lambda choice: choice[0]):
+            if shared >= lowest:
+                break
+            found = _slowed(set_keys(config, settings), own, _Judge(shapes, machine, contexts, spare))
+            if found.excess == 0 and shared + found.cost < lowest:
+                best, lowest = found.config, shared + found.cost
+            elif found.excess < least:
+                smallest, least = found.config, found.excess
+        if best is not None:
+            return best
     return smallest
+
+
+@dataclass(frozen=True, slots=True)
+class _Judge:
+    """How far a config is from fitting."""
+
+    shapes: Mapping[str, ModelShape]
+    machine: Machine
+    contexts: Mapping[str, int]
+    spare: float
+
+    def __call__(self, config: Config) -> float:
+        """Bytes beyond what each device has but for the share to spare, all phases together."""
+        planned = plan_run(config, self.shapes, self.machine, self.contexts)
+        return sum(
+            max(0.0, phase.total - (1 - self.spare) * device.capacity)
+            for device in (*planned.devices, planned.host) if device.capacity is not None for phase in device.phases
+        )  # fmt: skip
+
+
+class _Found(NamedTuple):
+    config: Config
+    cost: float
+    excess: float
+
+
+def _slowed(config: Config, own: Sequence[Sequence[tuple[float, Setting]]], judge: _Judge) -> _Found:
+    """The config with one of each agent's own choices, from the fastest on, so far as it needs slower ones."""
+    taken = [0] * len(own)
+
+    def with_(changed: Mapping[int, int]) -> Config:
+        return set_keys(config, [choices[changed.get(n, taken[n])][1] for n, choices in enumerate(own)])
+
+    excess = judge(with_({}))
+    while excess:
+        best: tuple[float, int, int, float] | None = None
+        for n, choices in enumerate(own):
+            for step in range(taken[n] + 1, len(choices)):
+                left = judge(with_({n: step}))
+                worth = (excess - left) / (choices[step][0] - choices[taken[n]][0])
+                if left < excess and (best is None or worth > best[0]):
+                    best = worth, n, step, left
+        if best is None:
+            break
+        _, number, taken[number], excess = best
+    for n in range(len(own)):  # an early change may have become needless
+        taken[n] = next((step for step in range(taken[n]) if not excess and not judge(with_({n: step}))), taken[n])
+    return _Found(with_({}), sum(choices[taken[n]][0] for n, choices in enumerate(own)), excess)
 
 
 def remedies(
@@ -99,43 +157,44 @@ def remedies(
     return found
 
 
-def _choices(config: Config, machine: Machine, shapes: Mapping[str, ModelShape]) -> Iterator[tuple[Setting, ...]]:
-    """Every way to fill in what is `auto`, the fastest first."""
+def _shared_choices(config: Config, machine: Machine) -> list[tuple[float, tuple[Setting, ...]]]:
+    """What all agents share: each combination of micro-batches and sleep that are `auto`, with its cost."""
     options: list[list[tuple[float, tuple[Setting, ...]]]] = []
+    on_cpu = _on_cpu(config, machine)
     autos = [name for name, agent in config.agents.items() if agent.micro_batch_tokens == "auto"]
-    on_cpu = all(place(agent, machine) == "cpu" for agent in config.agents.values())
     if autos:
         sizes = {DEFAULT_MICRO_BATCH: 0.0} if on_cpu else MICRO_BATCHES
         options.append([(c, tuple(Setting(n, "micro_batch_tokens", t) for n in autos)) for t, c in sizes.items()])
-    for name, agent in config.agents.items():
-        if agent.gradient_checkpointing == "auto":
-            key = "gradient_checkpointing"
-            costs = {False: 0.0, "mlp": MLP_COST, True: RECOMPUTE_COST}
-            options.append([
-                (cost, (Setting(name, key, again),)) for again, cost in costs.items()
-                if again != "mlp" or agent.train == "full"  # with adapters it has not been measured on a card
-            ])
-        if agent.optimizer.offload == "auto":
-            key, pays = "optimizer.offload", trained_count(agent, shapes[name]) > 10**8
-            kept, away = (Setting(name, key, "none"),), (Setting(name, key, "host"),)
-            options.append([(0.0, kept), (OFFLOAD_COST, away)] if pays and not on_cpu else [(0.0, kept)])
     sleepers = [name for name, agent in config.agents.items() if agent.engine.sleep == "auto"]
     if sleepers:
         kinds = [kind for kind in SLEEPS if kind == "never" or not on_cpu and _may_sleep(config, kind)]
         options.append([(SLEEPS[kind], tuple(Setting(n, "engine.sleep", kind) for n in sleepers)) for kind in kinds])
-    combined = [
-        (sum(cost for cost, _ in chosen), tuple(s for _, settings in chosen for s in settings))
+    return [
+        (sum(cost for cost, _ in chosen), tuple(setting for _, settings in chosen for setting in settings))
         for chosen in itertools.product(*options)
     ]
-    for _, settings in sorted(combined, key=lambda choice: choice[0]):
-        yield settings
 
 
-def _has_room(planned: RunPlan) -> bool:
-    return all(
-        device.capacity is None or device.worst.total <= (1 - SPARE) * device.capacity
-        for device in (*planned.devices, planned.host)
-    )
+def _own_choices(
+    config: Config, machine: Machine, shapes: Mapping[str, ModelShape]
+) -> list[list[tuple[float, Setting]]]:
+    """For each `auto` that an agent has to itself its values with their costs, the fastest first."""
+    found, on_cpu = [], _on_cpu(config, machine)
+    for name, agent in config.agents.items():
+        if agent.gradient_checkpointing == "auto":
+            costs = {False: 0.0, "mlp": MLP_COST, True: RECOMPUTE_COST}
+            found.append([
+                (cost, Setting(name, "gradient_checkpointing", again)) for again, cost in costs.items()
+                if again != "mlp" or agent.train == "full"  # with adapters it has not been measured on a card
+            ])
+        if agent.optimizer.offload == "auto":
+            key, pays = "optimizer.offload", trained_count(agent, shapes[name]) > 10**8 and not on_cpu
+            found.append([(0.0, Setting(name, key, "none")), *([(OFFLOAD_COST, Setting(name, key, "host"))] * pays)])
+    return found
+
+
+def _on_cpu(config: Config, machine: Machine) -> bool:
+    return all(place(agent, machine) == "cpu" for agent in config.agents.values())
 
 
 def _excess(planned: RunPlan) -> int:

@@ -38,7 +38,7 @@ def updated(model: Any, tokens: int) -> tuple[torch.Tensor, StepResult, int]:
     agent = agent_of(model, "cuda", micro_batch_tokens=tokens)
     result = agent.update(rollout(prompt=300, longest=1600, questions=5, samples=6), 1)
     weights = torch.cat([p.detach().flatten().cpu() for p in agent.model.parameters()])
-    return weights, result, torch.cuda.max_memory_reserved()
+    return weights, result, torch.cuda.max_memory_allocated()
 
 
 def test_the_step_is_taken_again_on_a_card_that_is_full() -> None:
@@ -63,7 +63,7 @@ def test_its_gradient_is_that_of_a_card_with_room() -> None:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     roomy = gradients(agent_of(model, "cuda", micro_batch_tokens=TOKENS), sequences)
-    most = torch.cuda.max_memory_reserved()
+    most = torch.cuda.max_memory_allocated()
     gc.collect()
     held = torch.cuda.memory_allocated()
     agent = agent_of(model, "cuda", micro_batch_tokens=TOKENS)

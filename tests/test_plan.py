@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,13 +21,14 @@ from ilr_fast.fill_in import (
     OFFLOAD_COST,
     RECOMPUTE_COST,
     SLEEPS,
+    SPARE,
     fill_in,
     remedies,
     set_keys,
 )  # fmt: skip
 from ilr_fast.memory import GIB
 from ilr_fast.model_shape import shape_of
-from ilr_fast.plan import Machine, plan_run
+from ilr_fast.plan import Machine, estimated_contexts, plan_run
 from ilr_fast.plan_command import parse_size
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("[0-9]*gb/*.yaml"))
@@ -124,6 +127,54 @@ def test_larger_cards_get_settings_that_are_no_slower(path, shapes):
                 assert sum(costs) <= sum(before)
             before = costs
     assert before is not None, "nothing fits even 141 GiB"
+
+
+def cost_of(settled):
+    """What `auto` took, in the costs by which it chooses; micro-batches and sleep are the same for all agents."""
+    agents = list(settled.agents.values())
+    own = [
+        (agent.optimizer.offload == "host") * OFFLOAD_COST
+        + {False: 0.0, "mlp": MLP_COST, True: RECOMPUTE_COST}[agent.gradient_checkpointing]
+        for agent in agents
+    ]
+    return sum(own) + MICRO_BATCHES[agents[0].micro_batch_tokens] + SLEEPS[agents[0].engine.rests]
+
+
+def all_combinations(config, known):
+    """Cost and peak of every way to fill in a config of `auto`."""
+    names = list(config.agents)
+    own = [(n, k, v) for n in names for k, v in (("optimizer.offload", ("none", "host")),
+           ("gradient_checkpointing", (False, "mlp", True)))]  # fmt: skip
+    for tokens, sleep in itertools.product(MICRO_BATCHES, SLEEPS if len(names) > 1 else ("never", "cache")):
+        shared = [(n, k, v) for n in names for k, v in (("micro_batch_tokens", tokens), ("engine.sleep", sleep))]
+        for values in itertools.product(*(choices for _, _, choices in own)):
+            settings = [(n, k, v) for (n, k, _), v in zip(own, values, strict=True)]
+            chosen = set_keys(config, [*shared, *settings])
+            yield cost_of(chosen), plan_run(chosen, known, machine(22), estimated_contexts(config)).peak
+
+
+@pytest.mark.parametrize("name", ["grpo_3b_full", "ilr_two_1.5b_full"])
+def test_what_is_taken_costs_no_more_than_any_other_combination(name, shapes):
+    config, known = opened(PAIR.parent / f"{name}.yaml", shapes)
+    config = everything_auto(config)
+    combinations = list(all_combinations(config, known))
+    for gib in (11, 14, 18, 22, 30, 40):
+        least = min((cost for cost, peak in combinations if peak <= (1 - SPARE) * gib * GIB), default=None)
+        settled = fill_in(config, known, machine(gib))
+        assert least is None or cost_of(settled) == pytest.approx(least, abs=0.011), gib
+
+
+@pytest.mark.parametrize("gib", [22, 80])
+def test_a_card_for_many_agents_is_filled_in_soon(gib, shapes):
+    config, known = opened(PAIR, shapes)
+    (one, agent), (_, other) = config.agents.items()
+    agents = {f"{one}{n}": agent if n % 2 else other for n in range(8)}
+    config = everything_auto(replace(config, agents=agents))
+    known = {name: shapes[agent.model] for name, agent in agents.items()}
+    begun = time.process_time()
+    settled = fill_in(config, known, machine(gib))
+    assert time.process_time() - begun < 30
+    assert plan_run(settled, known, machine(gib)).fits
 
 
 def test_memory_is_monotonic(shapes):
