@@ -1,4 +1,4 @@
-"""The plan's memory of an update against PyTorch's peak, for a few layers of true shapes: where activations are counted.
+"""The plan's memory of an update against PyTorch's peak, for a few layers of true shapes: what activations take.
 
     ilr-fast bench memory_layers        # one NVIDIA GPU with 12 GiB free
 
