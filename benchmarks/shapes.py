@@ -45,6 +45,11 @@ SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
              num_attention_heads=32, num_key_value_heads=8, head_dim=64, max_position_embeddings=131072,
              rope_parameters=_LLAMA3_ROPE | {"factor": 32.0}, tie_word_embeddings=True),
     ),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": (
+        transformers.LlamaConfig,
+        dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+             num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True),
+    ),
     "HuggingFaceTB/SmolLM2-1.7B-Instruct": (
         transformers.LlamaConfig,
         dict(vocab_size=49152, hidden_size=2048, intermediate_size=8192, num_hidden_layers=24,

@@ -132,6 +132,8 @@ class Watched:
 
     def generate_alone(self, session: Any) -> None:
         """Each agent's turns of the last step, the others silent: as many prompts and tokens, no one to wait for."""
+        if len(session.team.hosts) == 1:
+            return
         dialogues = [credited.scored.dialogue for credited in self.rollouts[-1].credited]
         for name, host in session.team.hosts.items():
             host.forget()
