@@ -44,12 +44,12 @@ SIGMA = 0.8  # of log-normal lengths
 
 
 class Chance:
-    """A grader of user's: rewards by chance, the same for the same text."""
+    """A grader of a user's: rewards by chance, so that every group has a gradient; the same for the same text."""
 
     def grade(self, question: Question, text: str) -> Grade:
-        """1 or 0."""
-        right = random.Random(f"{question.id} {text}").random() < 0.5
-        return Grade(float(right), right, True)
+        """From 0 to 1."""
+        reward = random.Random(f"{question.id} {text}").random()
+        return Grade(reward, reward > 0.5, True)
 
 
 class Watched:
