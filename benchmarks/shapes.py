@@ -88,10 +88,14 @@ def tokenizer(vocabulary: int) -> Any:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>", unk_token="<unknown>")
 
 
-def small_shape(name: str, folder: Path) -> Path:
+def small_config(name: str) -> Any:
     """The same family, small, for a try without a GPU."""
     kind, sizes = SHAPES[name]
-    small = dict(vocab_size=997, hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+    small = dict(vocab_size=997, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
                  num_key_value_heads=2)  # fmt: skip
-    config = kind(**{**sizes, **small}, bos_token_id=0, eos_token_id=1, pad_token_id=None)
-    return _write(config, folder / name)
+    return kind(**{**sizes, **small}, bos_token_id=0, eos_token_id=1, pad_token_id=None)
+
+
+def small_shape(name: str, folder: Path) -> Path:
+    """As `write_shape`, for `small_config`."""
+    return _write(small_config(name), folder / name)

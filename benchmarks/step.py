@@ -84,7 +84,8 @@ def _grpo(lines: Lines, load: Mapping[str, int]) -> Iterator[dict[str, Any]]:
     packed = median(s["rows"] / (s["micro_batches"] * s["fullest"]) for s in ragged)
     yield row(
         f"GRPO, ragged lengths (mean {load['mean']}), new in every step", shape, [total(s) for s in ragged],
-        first_ms=1e3 * total(new), us_per_token=[_a_token(s) for s in ragged], of_forced=of_forced, packed=packed, **parts(ragged),
+        first_ms=1e3 * total(new), us_per_token=[_a_token(s) for s in ragged], of_forced=of_forced, packed=packed,
+        **parts(ragged),
         met=of_forced <= RAGGED and packed >= PACKED,
         target=f"training {of_forced:.3f} of forced a token, packed {packed:.3f}; wanted ≤ {RAGGED}, ≥ {PACKED}",
     )  # fmt: skip

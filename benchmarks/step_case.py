@@ -39,6 +39,7 @@ TEMPLATE = (
     "{%- for message in messages -%}{{ ('w4 ' if message.role == 'assistant' else 'w3 ') + message.content + '<end>' }}"
     "{%- endfor -%}{%- if add_generation_prompt -%}{{ 'w4 ' }}{%- endif -%}"
 )  # for shapes.tokenizer; random weights sample <end> once in a hundred thousand tokens
+TRL_LOSS = {"importance": "sequence", "importance_mode": "mask", "importance_cap": 3.0}  # its default
 PROMPT = 81  # tokens before the first turn
 SIGMA = 0.8  # of log-normal lengths
 
@@ -189,7 +190,7 @@ def _write(asked: Mapping[str, Any], folder: Path) -> Path:
         agents[name] = {
             "model": str(write(hub, folder)), "random_weights": True, "chat_template": TEMPLATE, **asked["agent"],
         }  # fmt: skip
-    vocabulary = 997 if asked["quick"] else 100_000
+    vocabulary = 997 if asked["quick"] else 40_000
     for part, number in (("train", asked["questions"] * len(asked["kinds"])), ("validation", 1), ("test", 1)):
         draw = random.Random(part)
         texts = [" ".join(f"w{draw.randrange(5, vocabulary)}" for _ in range(PROMPT - 3)) for _ in range(number)]
@@ -204,7 +205,7 @@ def _write(asked: Mapping[str, Any], folder: Path) -> Path:
         "rollout": {"questions": asked["questions"], "samples": asked["samples"], "peer_tokens": asked["most"],
                     "max_tokens": {"default": asked["most"]}},
         "reward": {"name": f"{Chance.__module__ if __name__ != '__main__' else 'ilr_benchmarks.step_case'}:Chance"},
-        "loss": {"importance": "sequence", "importance_mode": "mask", "importance_cap": 3.0},  # TRL's default
+        "loss": asked.get("loss", TRL_LOSS),
         "evaluate": {"base": False, "validation_limit": 1}, "checkpoint": {"every": None},
         "log": {"tensorboard": False, "noise_every": None},
     }  # fmt: skip
