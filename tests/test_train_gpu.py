@@ -72,12 +72,16 @@ def test_dropping_what_has_no_gradient_changes_nothing() -> None:
     assert max(distance(few[n], many[n]) for n in many) < 0.02
 
 
-def test_deterministic_runs_agree_bit_for_bit() -> None:
-    model, sequences, found = small("qwen2"), rollout(), []
-    torch.use_deterministic_algorithms(True, warn_only=True)
+@pytest.mark.parametrize("importance", ["none", "sequence"])
+def test_deterministic_runs_agree_bit_for_bit(importance: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With torch told to refuse what is not deterministic, as `deterministic: true` does."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    model, sequences, found = small("qwen2"), rollout(prompt=400, longest=900), []
+    torch.use_deterministic_algorithms(True)
     try:
         for _ in range(2):
-            agent = agent_of(model, "cuda", micro_batch_tokens=400)
+            agent = agent_of(model, "cuda", micro_batch_tokens=1500)
+            agent.policy_loss = dataclasses.replace(agent.policy_loss, importance=importance)
             agent.update(sequences, 1)
             found.append(torch.cat([p.detach().flatten() for p in agent.model.parameters()]))
     finally:
