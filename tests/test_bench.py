@@ -372,9 +372,10 @@ def test_the_cpu_benchmark_knows_its_memory(tmp_path):
 def test_the_training_step_is_timed_with_and_without_shared_prefixes():
     from ilr_benchmarks import train_step
 
-    forced, ragged, alone, fresh = train_step.run(rounds=1, quick=True, only_ours=True, device="cpu")
+    forced, fresh, ragged, alone, deterministic = train_step.run(rounds=1, quick=True, only_ours=True, device="cpu")
     assert forced["error"] < 1e-5 and forced["rows"] < alone["rows"] == 12 * (train_step.PROMPT + 12 - 1)
     assert ragged["of_forced"] > 0 and forced["first_ms"] > 0
+    assert len(fresh["steps"]) == 4 and fresh["of_forced"] > 0 and deterministic["error"] == 0
 
 
 def test_whole_steps_are_run_by_the_training_loop():
