@@ -132,7 +132,7 @@ class Setting:
         from ilr_fast.engines.vllm_process import prepare_process
 
         check_version("bench")
-        prepare_process(pieces=not self.exact, exact=self.exact)
+        prepare_process(exact=self.exact)
         torch.manual_seed(0)
         with torch.device(self.device):
             dtype = torch.float32 if self.device == "cpu" else torch.bfloat16
@@ -196,7 +196,7 @@ class Setting:
         in_place: dict[str, Any] = {"rounding": "stochastic", "moments": "bfloat16"} if self.device == "cuda" else {}
         optimizer = OptimizerConfig(lr=0.0, **in_place)
         config = AgentConfig(model="random", optimizer=optimizer, micro_batch_tokens=ROWS, **self.agent_config)
-        return Agent("bench", config, Config(), NoText(), self.model, self.engine.forward)
+        return Agent("bench", config, Config(), NoText(), self.model, self.engine.kernel)
 
     def updates(self, results: list[Generation], rounds: int) -> list[float]:
         """Seconds of an update: forward, backward, AdamW."""

@@ -29,6 +29,7 @@ from transformers import AutoTokenizer
 from ilr_fast.attention import LMHead, lm_head_of, packed_forward
 from ilr_fast.batch import BatchRules, PackedBatch, PackedStep, pack_step, split_by_question
 from ilr_fast.config import AgentConfig, Config, LossConfig
+from ilr_fast.flash_attention import RaggedKernel
 from ilr_fast.fused_layers import fuse_layers
 from ilr_fast.gradients import GradientSinks
 from ilr_fast.loading import load_policy, load_reference, recompute_activations, restore_weights
@@ -69,8 +70,8 @@ class _Minibatch:
 class Agent:
     """A model with what its training needs. `train: none` has neither optimizer nor reference.
 
-    `model`: what `load_policy` gave, where an engine has already made its weights the engine's own; `forward`: the
-    engine's kernels in place of `packed_forward` (engines/exact.py).
+    `model`: what `load_policy` gave, where an engine has already made its weights the engine's own; `kernel`: the
+    engine's attention (engines/vllm_attention.py).
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Agent:
         run: Config,
         tokenizer: Any = None,
         model: Any = None,
-        forward: Callable[..., Tensor] | None = None,
+        kernel: RaggedKernel | None = None,
     ):
         where = f"agents.{name}"
         self.name, self.config, self.run, self.loss = name, config, run, run.loss
@@ -88,10 +89,8 @@ class Agent:
             tokenizer = AutoTokenizer.from_pretrained(resolve_model(config.model, weights=not config.random_weights))
         self.tokenizer = tokenizer
         self.model: Any = load_policy(config, where, run.seed) if model is None else model
-        self.forward = forward or packed_forward
         self.device = self.model.device
-        if forward is None:
-            fuse_layers(self.model, config)
+        fuse_layers(self.model, config, kernel)
         self.trains = config.train != "none"
         self.policy_loss = policy_loss_of(run.loss)
         self.rules = BatchRules(
@@ -99,7 +98,6 @@ class Agent:
             keep_dead=self.policy_loss.beta != 0 or self.policy_loss.entropy_coef != 0,
             count_dropped=run.credit.count_dropped,
             turn_limit=max(run.rollout.max_tokens.values()),
-            share_prefixes=forward is None,
         )
         self.reference = self._reference(where)
         self.optimizer: Optimizer | None = None
@@ -257,8 +255,7 @@ class Agent:
 
     def _hidden(self, model: Any, batch: PackedBatch) -> tuple[Tensor, LMHead]:
         """Hidden states of the trained rows, and the head; a scale of the logits is moved into both."""
-        forward = self.forward if model is self.model else packed_forward
-        hidden_TD = forward(model, batch.tokens_T, batch.positions_T, batch.plan)
+        hidden_TD = packed_forward(model, batch.tokens_T, batch.positions_T, batch.plan)
         hidden_ND, head = hidden_TD.index_select(0, batch.rows_N), lm_head_of(model)
         if head.scale == 1:
             return hidden_ND, head

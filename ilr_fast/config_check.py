@@ -111,6 +111,8 @@ def _engine(agent: AgentConfig, path: str) -> Iterator[Finding]:
         yield engine.weights != "share", reason + "on a copy", f"{path}.engine.weights", "use `share`"
         yield not engine.fast_start, reason + "that is compiled", f"{path}.engine.fast_start", "use true"
         yield agent.dtype not in ("auto", "bfloat16"), reason + f"in {agent.dtype}", f"{path}.dtype", "use bfloat16"
+        remedy = "leave that out"
+        yield agent.fused_layers == "off", reason + "without fused layers", f"{path}.fused_layers", remedy
         yield agent.device == "cpu", reason + "on the CPU", f"{path}.engine.exact", "use a GPU, or leave it out"
     for key in ("weights", "cache_gib", "exact", "tokens_in_flight", "fast_start"):
         given = getattr(engine, key) != getattr(plain, key)

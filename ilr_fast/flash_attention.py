@@ -26,12 +26,13 @@ from torch import Tensor
 from ilr_fast.segments import Segments
 from ilr_fast.tree_plan import TreePlan, tree_plan
 
-MOST_GATHERED = 8  # key rows for each query row; beyond it masks over blocks copy less
 CHECK_TOLERANCE = 0.02  # relative error of bfloat16 results
 
 
 class RaggedKernel(Protocol):
     """Attention of runs of queries, each to a run of keys, causal and aligned at the last key."""
+
+    most_gathered: float  # key rows for each query row; beyond it masks over blocks copy less
 
     def forward(
         self, q_THD: Tensor, k_NKD: Tensor, v_NKD: Tensor, segments: Segments, scale: float, window: int | None
@@ -49,6 +50,8 @@ class RaggedKernel(Protocol):
 
 class TorchFlash:
     """The kernel inside torch, in half precision on CUDA."""
+
+    most_gathered: float = 8
 
     def forward(self, q_THD, k_NKD, v_NKD, segments, scale, window):  # type: ignore[no-untyped-def]
         """See RaggedKernel."""
@@ -112,12 +115,20 @@ class _Flash(torch.autograd.Function):
         return dq, *segments.add_up(dk_NKD, dv_NKD), None, None, None, None
 
 
-def usable(plan: TreePlan, x: Tensor, size: int, softcap: float | None, dropout: float) -> bool:
+def usable(
+    plan: TreePlan,
+    x: Tensor,
+    size: int,
+    softcap: float | None,
+    dropout: float,
+    kernel: RaggedKernel | None = None,
+) -> bool:
     """Whether the kernel fits for training: as `kernel_fits`, and stems that are not copied too often.
 
     `x` has the queries' device and dtype, `size` is the size of a head.
     """
-    return plan.gathered <= MOST_GATHERED * plan.tokens and kernel_fits(x, size, softcap, dropout)
+    most = (kernel or torch_kernel()).most_gathered * plan.tokens
+    return plan.gathered <= most and kernel_fits(x, size, softcap, dropout)
 
 
 def kernel_fits(x: Tensor, size: int, softcap: float | None, dropout: float) -> bool:

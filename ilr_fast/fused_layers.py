@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ilr_fast.config import AgentConfig
-from ilr_fast.flash_attention import flash_attention, torch_kernel, usable
+from ilr_fast.flash_attention import RaggedKernel, flash_attention, torch_kernel, usable
 from ilr_fast.fused_block import Block, Norm, Surroundings, block_forward
 from ilr_fast.fused_mlp import Gated, GatedMLP
 from ilr_fast.products import is_plain, linear, move_together
@@ -36,7 +36,7 @@ from ilr_fast.tree_plan import TreePlan
 BLOCKS = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3")
 # Attention modules of transformers whose forward is q, k, v → (norms) → rotation → attention → o.
 ATTENTION = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3", "SmolLM3")
-PROBE_ERROR = 1e-2
+PROBE_ERROR = 1e-4
 
 
 def fused(config: AgentConfig, device: str) -> bool:
@@ -44,11 +44,14 @@ def fused(config: AgentConfig, device: str) -> bool:
     return config.fused_layers == "on" or (config.fused_layers == "auto" and device == "cuda")
 
 
-def fuse_layers(model: Any, config: AgentConfig) -> None:
-    """What the config says of an agent's layers: fused or not, MLPs kept or computed again."""
+def fuse_layers(model: Any, config: AgentConfig, kernel: RaggedKernel | None = None) -> None:
+    """What the config says of an agent's layers: fused or not, MLPs kept or computed again.
+
+    `kernel`: the engine's attention, where it has one for the trainer too.
+    """
     again = config.gradient_checkpointing == "mlp" and config.train != "none"
     if fused(config, model.device.type):
-        fuse(model, recompute_mlp=again)
+        fuse(model, recompute_mlp=again, kernel=kernel)
     if again:
         for module in list(model.modules()):
             if type(module).__name__.endswith("MLP") and not isinstance(module.forward, _Bound):
@@ -59,26 +62,26 @@ def _again(module: nn.Module, x: Tensor, *, own: Callable) -> Any:
     return checkpoint(own, x, use_reentrant=False) if torch.is_grad_enabled() else own(x)
 
 
-def fuse(model: nn.Module, *, recompute_mlp: bool = False) -> None:
+def fuse(model: nn.Module, *, recompute_mlp: bool = False, kernel: RaggedKernel | None = None) -> None:
     """Changes the forward of every module that is known, in place.
 
     Weights with the same input are given one place in memory, unless an engine holds them. `recompute_mlp`: gate and up
-    are computed again in the backward pass instead of kept.
+    are computed again in the backward pass instead of kept. `kernel`: attention in place of torch's own.
     """
-    norms: dict[type, tuple[bool, bool] | None] = {}
+    norms: dict[type, bool | None] = {}
     modules: list[Any] = list(model.modules())
     for module in modules:
         kind = type(module).__name__
         if kind.endswith("RMSNorm") and getattr(module, "weight", None) is not None:
             if type(module) not in norms:
-                norms[type(module)] = _norm_kind(module)
-            found = norms[type(module)]
-            if found is not None:
-                _replace(module, partial(_norm, eps=_eps(module), one_plus=found[0], rounds_first=found[1]))
+                norms[type(module)] = _one_plus(module)
+            one_plus = norms[type(module)]
+            if one_plus is not None:  # rounded once, as vLLM does it, where transformers may round twice
+                _replace(module, partial(_norm, eps=_eps(module), one_plus=one_plus, rounds_first=False))
         elif kind.removesuffix("Attention") in ATTENTION and kind.endswith("Attention"):
             if is_plain(module.q_proj, module.k_proj, module.v_proj):
                 move_together([module.q_proj, module.k_proj, module.v_proj])
-            _replace(module, partial(_attention, own=module.forward))
+            _replace(module, partial(_attention, own=module.forward, kernel=kernel))
         elif kind.endswith("MLP") and (activation := _activation_of(module)) is not None:
             if is_plain(module.gate_proj, module.up_proj):
                 move_together([module.gate_proj, module.up_proj])
@@ -86,7 +89,7 @@ def fuse(model: nn.Module, *, recompute_mlp: bool = False) -> None:
     for module in modules:
         kind = type(module).__name__
         if kind.removesuffix("DecoderLayer") in BLOCKS and kind.endswith("DecoderLayer"):
-            _replace(module, partial(_layer, own=module.forward))
+            _replace(module, partial(_layer, own=module.forward, kernel=kernel))
 
 
 def _replace(module: Any, forward: Callable) -> None:
@@ -109,19 +112,18 @@ def _eps(module: Any) -> float:
 
 
 @torch.no_grad()
-def _norm_kind(module: Any) -> tuple[bool, bool] | None:
-    """(one_plus, rounds_first) of a norm, by what it computes in bfloat16; None for another formula."""
-    probe = copy.deepcopy(module).to("cpu", torch.bfloat16)
+def _one_plus(module: Any) -> bool | None:
+    """Whether a norm multiplies by 1 + its weight, by what it computes; None for another formula."""
+    probe = copy.deepcopy(module).to("cpu", torch.float32)
     generator = torch.Generator().manual_seed(0)
     probe.weight.copy_(torch.randn(probe.weight.shape, generator=generator))
-    x = torch.randn(64, len(probe.weight), generator=generator).bfloat16()
-    wanted = probe(x).double()
-    found = {}
-    for kind in ((False, True), (False, False), (True, False), (True, True)):
-        y = rms_norm(x, probe.weight, _eps(module), one_plus=kind[0], rounds_first=kind[1]).double()
-        found[kind] = float((y - wanted).norm() / wanted.norm())
-    best = min(found, key=found.__getitem__)
-    return best if found[best] < PROBE_ERROR else None
+    x = torch.randn(64, len(probe.weight), generator=generator)
+    wanted = probe(x)
+    for one_plus in (False, True):
+        y = rms_norm(x, probe.weight, _eps(module), one_plus=one_plus, rounds_first=False)
+        if float((y - wanted).norm() / wanted.norm()) < PROBE_ERROR:
+            return one_plus
+    return None
 
 
 def _norm(module: Any, x: Tensor, *, eps: float, one_plus: bool, rounds_first: bool) -> Tensor:
@@ -157,20 +159,26 @@ def _adapted_mlp(module: Any, x_TD: Tensor, activation: str) -> Tensor:
 
 
 def _layer(
-    module: Any, hidden_states: Tensor, *arguments: Any, own: Callable, position_embeddings: Any = None, **named: Any
+    module: Any,
+    hidden_states: Tensor,
+    *arguments: Any,
+    own: Callable,
+    kernel: RaggedKernel | None,
+    position_embeddings: Any = None,
+    **named: Any,
 ) -> Tensor:
     """A layer as one step where it can be; else module by module."""
     plan, attention = named.get("ilr_plan"), module.self_attn
     checkpointed = getattr(module, "gradient_checkpointing", False) and module.training
     x_TD = hidden_states[0]
-    if checkpointed or not isinstance(plan, TreePlan) or not usable(plan, x_TD, attention.head_dim, None, 0.0):
+    if checkpointed or not _packed(plan, x_TD, attention.head_dim, None, 0.0, kernel):
         return own(hidden_states, *arguments, position_embeddings=position_embeddings, **named)
     block = _block_of(module)
     if block is None:
         return own(hidden_states, *arguments, position_embeddings=position_embeddings, **named)
     cos, sin = position_embeddings
     segments = plan.segments(x_TD.device)
-    around = Surroundings(cos[0], sin[0], segments, torch_kernel(), plan.longest())
+    around = Surroundings(cos[0], sin[0], segments, kernel or torch_kernel(), plan.longest())
     return block_forward(x_TD, block, around)[None]
 
 
@@ -216,18 +224,26 @@ def _attention(
     attention_mask: Tensor | None = None,
     *rest: Any,
     own: Callable,
+    kernel: RaggedKernel | None,
     **named: Any,
 ) -> tuple[Tensor, None]:
     """The packed path for a TreePlan that the flash kernel fits; else what the module does itself."""
     plan, softcap = named.get("ilr_plan"), getattr(module, "attn_logit_softcapping", None)
     x_TD, size = hidden_states[0], module.head_dim
-    if not isinstance(plan, TreePlan) or not usable(plan, x_TD, size, softcap, module.attention_dropout):
+    if not _packed(plan, x_TD, size, softcap, module.attention_dropout, kernel):
         return own(hidden_states, position_embeddings, attention_mask, *rest, **named)
     q_THD, k_TKD, v_TKD = _query_key_value(module, x_TD, position_embeddings)
     window = plan.window(_window_of(module))
-    out_THD = flash_attention(q_THD, k_TKD, v_TKD, plan.segments(x_TD.device), module.scaling, window)
+    out_THD = flash_attention(q_THD, k_TKD, v_TKD, plan.segments(x_TD.device), module.scaling, window, kernel)
     out_TD = out_THD.flatten(1)
     return (linear(out_TD, [module.o_proj]) if is_plain(module.o_proj) else module.o_proj(out_TD))[None], None
+
+
+def _packed(
+    plan: Any, x: Tensor, size: int, softcap: float | None, dropout: float, kernel: RaggedKernel | None
+) -> TypeGuard[TreePlan]:
+    """Whether this is a packed row that a flash kernel fits."""
+    return isinstance(plan, TreePlan) and usable(plan, x, size, softcap, dropout, kernel)
 
 
 def _query_key_value(module: Any, x_TD: Tensor, rotation: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,11 +16,14 @@ BLOCK = 1024
 
 
 def gated(gate_TF: Tensor, up_TF: Tensor, activation: str) -> Tensor:
-    """→ [T, F], not differentiable. Both have the same strides, contiguous rows; computed in float32 or float64."""
+    """→ [T, F], not differentiable. Both have the same strides, contiguous rows; computed in float32 or float64.
+
+    The activation is rounded to the inputs' dtype before it is multiplied, as modules of transformers and vLLM do it.
+    """
     _check(gate_TF, up_TF, activation)
     if not uses_triton(gate_TF):
         wide = torch.promote_types(gate_TF.dtype, torch.float32)
-        return (_activation(gate_TF.to(wide), activation) * up_TF.to(wide)).to(gate_TF.dtype)
+        return _unit(_activation(gate_TF.to(wide), activation), up_TF)
     from ilr_kernels.gated_kernel import gated_forward_kernel
     from ilr_kernels.launch import launch
 
@@ -42,9 +45,9 @@ def gated_backward_(gate_TF: Tensor, up_TF: Tensor, dout_TF: Tensor, activation:
         wide = torch.promote_types(gate_TF.dtype, torch.float32)
         with torch.enable_grad():
             gate, up = (x.to(wide, copy=True).requires_grad_() for x in (gate_TF, up_TF))
-            out = _activation(gate, activation) * up
-            dgate, dup = torch.autograd.grad(out, (gate, up), dout_TF.to(wide))
-        for target, value in ((gate_TF, dgate), (up_TF, dup), (dout_TF, out.detach())):
+            act = _activation(gate, activation)
+            dgate, dup = torch.autograd.grad(act * up, (gate, up), dout_TF.to(wide))
+        for target, value in ((dout_TF, _unit(act.detach(), up_TF)), (gate_TF, dgate), (up_TF, dup)):
             target.copy_(value)
         return
     from ilr_kernels.gated_kernel import gated_backward_kernel
@@ -54,6 +57,10 @@ def gated_backward_(gate_TF: Tensor, up_TF: Tensor, dout_TF: Tensor, activation:
     arguments = (gate_TF, up_TF, dout_TF, size, gate_TF.stride(0), dout_TF.stride(0))
     with on_device(gate_TF):
         launch(gated_backward_kernel, (rows, -(-size // BLOCK)), arguments, (activation, BLOCK), num_warps=4)
+
+
+def _unit(act_TF: Tensor, up_TF: Tensor) -> Tensor:
+    return (act_TF.to(up_TF.dtype).to(act_TF.dtype) * up_TF.to(act_TF.dtype)).to(up_TF.dtype)
 
 
 def _activation(x: Tensor, activation: str) -> Tensor:

@@ -22,6 +22,12 @@ def activation(b_g, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def _unit(b_a, b_u, dtype: tl.constexpr):
+    """The activation is rounded before the product, as in transformers' modules and in vLLM."""
+    return (b_a.to(dtype).to(tl.float32) * b_u).to(dtype)
+
+
+@triton.jit
 def gated_forward_kernel(
     p_gate, p_up, p_out, size, stride, out_stride, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -32,7 +38,7 @@ def gated_forward_kernel(
     b_g = tl.load(p_gate + row * stride + o, mask=m, other=0.0).to(tl.float32)
     b_u = tl.load(p_up + row * stride + o, mask=m, other=0.0).to(tl.float32)
     b_a, _ = activation(b_g, ACTIVATION)
-    tl.store(p_out + row * out_stride + o, (b_a * b_u).to(p_out.dtype.element_ty), mask=m)
+    tl.store(p_out + row * out_stride + o, _unit(b_a, b_u, p_out.dtype.element_ty), mask=m)
 
 
 @triton.jit
@@ -57,4 +63,4 @@ def gated_backward_kernel(
     b_a, b_slope = activation(b_g, ACTIVATION)
     tl.store(p_g, (b_d * b_u * b_slope).to(p_gate.dtype.element_ty), mask=m)
     tl.store(p_u, (b_d * b_a).to(p_up.dtype.element_ty), mask=m)
-    tl.store(p_d, (b_a * b_u).to(p_dout.dtype.element_ty), mask=m)
+    tl.store(p_d, _unit(b_a, b_u, p_dout.dtype.element_ty), mask=m)

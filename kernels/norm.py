@@ -39,20 +39,39 @@ class Gradient(NamedTuple):
 
 
 def norm_forward(x: Tensor, weight_D: Tensor, eps: float, one_plus: bool, rounds_first: bool) -> Tensor:
-    """`rms_norm` without a gradient."""
+    """`rms_norm` without a gradient; a row's bits do not depend on the other rows."""
     if not uses_triton(x):
         return _output(x, *_parts(x, weight_D, eps, one_plus), rounds_first)
+    return _launched(x, None, weight_D, eps, one_plus, rounds_first)[0]
+
+
+def add_norm_forward(
+    x: Tensor, add: Tensor, weight_D: Tensor, eps: float, one_plus: bool, rounds_first: bool
+) -> tuple[Tensor, Tensor]:
+    """(the norm of x + add, x + add), in one pass: the sum is rounded to x's dtype, then normed. Both contiguous."""
+    if not uses_triton(x):
+        summed = x + add
+        return norm_forward(summed, weight_D, eps, one_plus, rounds_first), summed
+    y, total = _launched(x.contiguous(), add.contiguous(), weight_D, eps, one_plus, rounds_first)
+    assert total is not None
+    return y, total
+
+
+def _launched(
+    x: Tensor, add: Tensor | None, weight_D: Tensor, eps: float, one_plus: bool, rounds_first: bool
+) -> tuple[Tensor, Tensor | None]:
     from ilr_kernels.launch import launch
     from ilr_kernels.norm_kernel import norm_forward_kernel
 
     x, rows, heads, stride = _rows(x)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = None if add is None else torch.empty_like(y)
     block_r, block_d = _blocks(x.shape[-1])
     constants = x.shape[-1], one_plus, rounds_first, block_r, block_d
-    arguments = (x, weight_D, y, rows, heads, stride, eps)
+    arguments = (x, weight_D, y, add, total, rows, heads, stride, eps)
     with on_device(x):
         launch(norm_forward_kernel, (-(-rows // block_r),), arguments, constants, num_warps=_warps(block_d))
-    return y
+    return y, total
 
 
 def norm_backward(

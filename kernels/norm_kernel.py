@@ -19,6 +19,8 @@ def norm_forward_kernel(
     p_x,
     p_weight,
     p_y,  # [rows, SIZE], contiguous
+    p_add,  # [rows, SIZE]: added to x before the norm; or None
+    p_sum,  # [rows, SIZE]: the sum, whose rounded values are normed; or None
     rows,
     heads,  # rows of x for each token
     stride,  # from token to token in x
@@ -35,11 +37,16 @@ def norm_forward_kernel(
     m_d = o_d < SIZE
     m = (o_r < rows)[:, None] & m_d[None, :]
     o_x = (o_r // heads * stride + o_r % heads * SIZE)[:, None] + o_d[None, :]
+    o_y = o_r[:, None] * SIZE + o_d[None, :]
     b_x = tl.load(p_x + o_x, mask=m, other=0.0).to(tl.float32)  # [R, D]
+    if p_add is not None:
+        b_sum = (b_x + tl.load(p_add + o_y, mask=m, other=0.0).to(tl.float32)).to(p_sum.dtype.element_ty)
+        tl.store(p_sum + o_y, b_sum, mask=m)
+        b_x = b_sum.to(tl.float32)
     b_n, _, b_w = _normal(b_x, p_weight, o_d, m_d, eps, SIZE, ONE_PLUS)
     if ROUND:
         b_n = b_n.to(p_y.dtype.element_ty).to(tl.float32)
-    tl.store(p_y + o_r[:, None] * SIZE + o_d[None, :], (b_n * b_w).to(p_y.dtype.element_ty), mask=m)
+    tl.store(p_y + o_y, (b_n * b_w).to(p_y.dtype.element_ty), mask=m)
 
 
 @triton.jit(do_not_specialize=["rows", "blocks"])

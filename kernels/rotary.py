@@ -81,6 +81,24 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_out: Tensor, k_out:
         q_out.copy_(_written_out(q, cos, sin, backward))
         k_out.copy_(_written_out(k, cos, sin, backward))
         return
+    _launched(q, k, cos, sin, None, q_out, k_out, backward)
+
+
+def rotate_by_table(q_THD: Tensor, k_TKD: Tensor, table_PD: Tensor, positions_T: Tensor) -> None:
+    """Rotates in place, by the rows of a table for each position: cos, then sin, of half the size, as in vLLM."""
+    _check(q_THD, k_TKD, table_PD, table_PD)
+    cos_PH, sin_PH = table_PD.chunk(2, -1)
+    if not uses_triton(q_THD):
+        cos_TD, sin_TD = (x[positions_T].repeat(1, 2) for x in (cos_PH, sin_PH))
+        rotate(q_THD, k_TKD, cos_TD, sin_TD, q_THD, k_TKD, backward=False)
+        return
+    _launched(q_THD, k_TKD, cos_PH, sin_PH, positions_T, q_THD, k_TKD, backward=False)
+
+
+def _launched(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, q_out: Tensor, k_out: Tensor,
+    backward: bool,
+) -> None:  # fmt: skip
     from ilr_kernels.launch import launch
     from ilr_kernels.rotary_kernel import rotary_kernel
 
@@ -88,10 +106,11 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_out: Tensor, k_out:
     q, k = (x if x.stride(2) == 1 and x.stride(1) == size else x.contiguous() for x in (q, k))
     heads, half = q.shape[1] + k.shape[1], size // 2
     strides = q.stride(0), k.stride(0), q_out.stride(0), k_out.stride(0)
-    arguments = (q, k, cos, sin, q_out, k_out, len(q), q.shape[1], k.shape[1], *strides)
+    arguments = (q, k, cos, sin, positions, q_out, k_out, len(q), q.shape[1], k.shape[1], *strides)
+    second = half if positions is None else 0
     blocks = 1 << (heads - 1).bit_length(), max(16, 1 << (half - 1).bit_length())
     with on_device(q):
-        launch(rotary_kernel, (len(q),), arguments, (size, half, backward, *blocks), num_warps=4)
+        launch(rotary_kernel, (len(q),), arguments, (size, half, second, backward, *blocks), num_warps=4)
 
 
 def _written_out(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:

@@ -8,8 +8,9 @@ import triton.language as tl
 def rotary_kernel(
     p_q,  # [T, H, SIZE], heads contiguous
     p_k,  # [T, K, SIZE]
-    p_cos,  # [T, SIZE]
+    p_cos,  # [T, SIZE], or rows of a table where there are positions
     p_sin,
+    p_positions,  # [T]: each token's row of cos and sin; or None: the tokens' own
     p_q_out,  # [T, H, SIZE], heads contiguous; may be what is read
     p_k_out,
     tokens,
@@ -21,6 +22,7 @@ def rotary_kernel(
     k_out_stride,
     SIZE: tl.constexpr,
     HALF: tl.constexpr,  # SIZE / 2
+    SECOND: tl.constexpr,  # where the second half's cos and sin lie behind the first's; 0: they are the same
     BACKWARD: tl.constexpr,
     BLOCK_H: tl.constexpr,  # at least H + K, a power of 2
     BLOCK_D: tl.constexpr,  # at least SIZE / 2
@@ -30,10 +32,14 @@ def rotary_kernel(
     o_h = tl.arange(0, BLOCK_H)
     o_d = tl.arange(0, BLOCK_D)
     m_d = (o_d < HALF)[None, :]
-    b_c1 = tl.load(p_cos + t * SIZE + o_d, mask=o_d < HALF, other=0.0).to(tl.float32)[None, :]
-    b_c2 = tl.load(p_cos + t * SIZE + HALF + o_d, mask=o_d < HALF, other=0.0).to(tl.float32)[None, :]
-    b_s1 = tl.load(p_sin + t * SIZE + o_d, mask=o_d < HALF, other=0.0).to(tl.float32)[None, :]
-    b_s2 = tl.load(p_sin + t * SIZE + HALF + o_d, mask=o_d < HALF, other=0.0).to(tl.float32)[None, :]
+    row = t
+    if p_positions is not None:
+        row = tl.load(p_positions + t).to(tl.int64)
+    p_c, p_s = p_cos + row * SIZE + o_d, p_sin + row * SIZE + o_d
+    b_c1 = tl.load(p_c, mask=o_d < HALF, other=0.0).to(tl.float32)[None, :]
+    b_c2 = tl.load(p_c + SECOND, mask=o_d < HALF, other=0.0).to(tl.float32)[None, :]
+    b_s1 = tl.load(p_s, mask=o_d < HALF, other=0.0).to(tl.float32)[None, :]
+    b_s2 = tl.load(p_s + SECOND, mask=o_d < HALF, other=0.0).to(tl.float32)[None, :]
     is_q = (o_h < heads)[:, None]
     o_q = t * q_stride + o_h[:, None] * SIZE + o_d[None, :]
     o_k = t * k_stride + (o_h - heads)[:, None] * SIZE + o_d[None, :]

@@ -12,7 +12,7 @@ def layer_cases(case: Callable[..., Any], import_kernels: Callable[[str], Any]) 
     """Norms of heads and of models, gated units, rotary embeddings, in bfloat16."""
     norm, gated = import_kernels("norm_kernel"), import_kernels("gated_kernel")
     rotary = import_kernels("rotary_kernel").rotary_kernel
-    pointers = dict.fromkeys(("p_x", "p_weight", "p_y", "p_dy", "p_dx", "p_add"), "*bf16") | {
+    pointers = dict.fromkeys(("p_x", "p_weight", "p_y", "p_dy", "p_dx", "p_add", "p_sum"), "*bf16") | {
         "p_dw": "*fp32",
         "eps": "fp32",
     }
@@ -31,9 +31,10 @@ def layer_cases(case: Callable[..., Any], import_kernels: Callable[[str], Any]) 
     types = dict.fromkeys(("p_q", "p_k", "p_cos", "p_sin", "p_q_out", "p_k_out"), "*bf16")
     types |= dict.fromkeys(("tokens", "heads", "key_heads"), "i32")
     types |= dict.fromkeys(("q_stride", "k_stride", "q_out_stride", "k_out_stride"), "i32")
-    for backward in (False, True):
-        constants = {"SIZE": 128, "HALF": 64, "BACKWARD": backward, "BLOCK_H": 32, "BLOCK_D": 64}
-        yield case(f"rotary_kernel {backward}", rotary, types, constants, warps=4)
+    types |= {"p_positions": "*i64"}
+    for backward, second in ((False, 64), (True, 64), (False, 0)):
+        constants = {"SIZE": 128, "HALF": 64, "SECOND": second, "BACKWARD": backward, "BLOCK_H": 32, "BLOCK_D": 64}
+        yield case(f"rotary_kernel {backward} {second}", rotary, types, constants, warps=4)
     types = dict.fromkeys(("p_one", "p_two", "p_one_out", "p_two_out"), "*bf16")
     types |= dict.fromkeys(("p_starts", "p_places"), "*i32") | dict.fromkeys(("one_stride", "two_stride"), "i32")
     kernel = import_kernels("row_sums_kernel").row_sums_kernel

@@ -7,7 +7,15 @@ from __future__ import annotations
 
 import os
 
-from test_kernels_layers import SIZES, check_gated, check_norm, check_norm_backward, check_rotary, check_row_sums
+from test_kernels_layers import (
+    SIZES,
+    check_bits,
+    check_gated,
+    check_norm,
+    check_norm_backward,
+    check_rotary,
+    check_row_sums,
+)
 
 if __name__ == "__main__":
     assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1"
@@ -20,4 +28,5 @@ if __name__ == "__main__":
         check_rotary("cpu", size)
     check_row_sums("cpu")
     check_norm_backward("cpu")
+    check_bits("cpu")
     print("all agree")

@@ -1,11 +1,13 @@
-"""The forward pass by the layers of vLLM's model: the trainer's own, up to rounding, and its gradients.
+"""The trainer's forward pass by what an exact engine computes with: right up to rounding, and its gradients.
 
-That the two are equal bit for bit is vLLM's kernels' on a GPU (`ilr-fast bench exactness`); here, on the CPU build, are
-the order of the layers, the pages of the attention and the gradients. Run by `make test-vllm`.
+That the two are equal bit for bit is a matter of kernels on a GPU (`ilr-fast bench exactness`); here, on the CPU build,
+are the modules of vLLM that are replaced, RoPE's table, the pages of the attention and the gradients. Run by
+`make test-vllm`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -17,51 +19,95 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from ragged_softmax import RaggedSoftmax
 from test_engine_vllm import engine_for
 from torch import Tensor
 from vllm_models import small_model
 
 from ilr_fast.attention import LMHead, pack_sequences, packed_forward, prepare
-from ilr_fast.engines import vllm_logps
-from ilr_fast.engines.exact import ExactForward, Pages
+from ilr_fast.engines import vllm_exact, vllm_logps
+from ilr_fast.engines.exact import exact_kernel
+from ilr_fast.engines.vllm_attention import InPages, Pages
+from ilr_fast.engines.vllm_exact import make_exact
 from ilr_fast.errors import UserError
+from ilr_fast.flash_attention import TorchFlash
+from ilr_fast.fused_layers import fuse
+from ilr_fast.segments import Segments
+from ilr_fast.types import Sampling
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
+FAMILIES = [("llama3", {}), ("qwen2", {"tied": True}), ("qwen3", {"num_attention_heads": 4, "num_key_value_heads": 2})]
 
 
-def attention_in_pages(attn: Any, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, pages: Pages) -> Tensor:
-    """What a kernel reads: each sequence's pages by the table, of which the first `length` rows count."""
+def attention_in_pages(
+    q_THD: Tensor, k_pages: Tensor, v_pages: Tensor, pages: Pages, segments: Segments, scale: float
+) -> Tensor:
+    """What a kernel reads: each run's pages by the table, of which the first `length` rows count."""
     outputs = []
-    keys, values = pages.laid_out(k_TKD), pages.laid_out(v_TKD)
-    for s, length in enumerate(pages.lengths_S.tolist()):
-        k, v = (x[pages.table_SP[s].long()].flatten(0, 1)[:length].transpose(0, 1) for x in (keys, values))
-        q = q_THD[pages.starts_S1[s] : pages.starts_S1[s + 1]].transpose(0, 1)
-        scale = attn.impl.scale
-        outputs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True))
+    for r, length in enumerate(pages.lengths_R.tolist()):
+        k, v = (x[pages.table_RP[r].long()].flatten(0, 1)[:length].transpose(0, 1) for x in (k_pages, v_pages))
+        q = q_THD[segments.starts_q[r] : segments.starts_q[r + 1]].transpose(0, 1)
+        seen = torch.ones(q.shape[1], length, dtype=torch.bool).tril(length - q.shape[1])
+        outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True))
     return torch.cat([x.transpose(0, 1) for x in outputs])
 
 
-@pytest.mark.parametrize(
-    ("family", "options"),
-    [("llama3", {}), ("qwen2", {"tied": True}), ("qwen3", {"num_attention_heads": 4, "num_key_value_heads": 2})],
-)
-def test_hidden_states_and_gradients_are_the_trainers(family: str, options: dict[str, Any]) -> None:
+@pytest.fixture
+def flash_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's kernel, and what stands for vLLM's."""
+    monkeypatch.setattr(TorchFlash, "forward", RaggedSoftmax.forward)
+    monkeypatch.setattr(TorchFlash, "backward", RaggedSoftmax.backward)
+    monkeypatch.setattr("ilr_fast.engines.exact.kernel_of", lambda backend, exact: InPages(attention_in_pages))
+
+
+@pytest.mark.parametrize(("family", "options"), FAMILIES)
+def test_hidden_states_and_gradients_are_the_trainers(
+    family: str, options: dict[str, Any], flash_written_out: None
+) -> None:
     model = small_model(family, **options)
     prepare(model)
     engine = engine_for(model)
     draw = torch.Generator().manual_seed(1)
-    sequences = [torch.randint(61, (n,), generator=draw).tolist() for n in (1, 16, 40, 17)]
-    packed = pack_sequences(sequences, share_prefixes=False)
+    stem = torch.randint(61, (21,), generator=draw).tolist()
+    sequences = [torch.randint(61, (n,), generator=draw).tolist() for n in (1, 16, 40)]
+    sequences += [[*stem, *torch.randint(61, (n,), generator=draw).tolist()] for n in (17, 3)]
+    packed = pack_sequences(sequences)
+    assert packed.plan.shares_prefixes
     upstream = torch.randn(len(packed.tokens_T), 64, generator=draw)
     found = []
-    for forward in (packed_forward, ExactForward(model, engine._core.model, "here", attention_in_pages)):
+    for exact in (False, True):
+        if exact:
+            fuse(model, kernel=exact_kernel(model, engine._core.model, "here"))
         model.zero_grad()
-        hidden = forward(model, packed.tokens_T, packed.positions_T, packed.plan)
+        hidden = packed_forward(model, packed.tokens_T, packed.positions_T, packed.plan)
         hidden.backward(upstream)
         found.append([hidden.detach(), *(p.grad for p in model.model.parameters())])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-4)
+    engine.close()
+
+
+@pytest.mark.parametrize(("family", "options"), FAMILIES)
+def test_an_engine_with_the_trainers_modules_samples_from_the_same(
+    family: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small_model(family, **options)
+    engine = engine_for(model)
+    found = []
+    for modules in ("vLLM's", "the trainer's", "wrong"):
+        if modules == "wrong":
+            monkeypatch.setattr(vllm_exact, "gated", lambda gate, up, activation: up)
+        elif modules != "vLLM's":
+            make_exact(engine._core.model)
+            replaced = {m._forward_method.func.__name__ for m in engine._core.model.modules()
+                        if hasattr(getattr(m, "_forward_method", None), "func")}  # fmt: skip
+            assert replaced == {"_norm", "_gated", "_rotary"}
+        engine.weights_changed()
+        found.append(asyncio.run(engine.generate(list(range(2, 40)), Sampling(12, temperature=0.0, seed=1))))
+    assert found[0].tokens == found[1].tokens
+    np.testing.assert_allclose(found[0].logps, found[1].logps, atol=1e-4)
+    assert abs(np.array(found[2].logps) - found[0].logps).max() > 0.01
     engine.close()
 
 
@@ -109,4 +155,4 @@ def test_what_is_not_known_to_be_exact_is_refused() -> None:
 def test_other_families_are_refused() -> None:
     model = small_model("gemma3")
     with pytest.raises(UserError, match=r"no exact forward pass for Gemma3ForCausalLM"):
-        ExactForward(model, engine_for(model)._core.model, "agents.ada")
+        exact_kernel(model, engine_for(model)._core.model, "agents.ada")

@@ -28,7 +28,7 @@ from ilr_fast.products import joined
 @pytest.fixture
 def flash_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """The packed path on the CPU."""
-    monkeypatch.setattr(fused_layers, "usable", lambda plan, x, size, softcap, dropout: softcap is None)
+    monkeypatch.setattr(fused_layers, "usable", lambda plan, x, size, softcap, dropout, kernel: softcap is None)
     monkeypatch.setattr(flash_attention, "TorchFlash", RaggedSoftmax)
 
 

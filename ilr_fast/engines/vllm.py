@@ -32,10 +32,11 @@ import torch
 from ilr_fast.engines.admission import Admission
 from ilr_fast.engines.device_memory import OutOfMemory
 from ilr_fast.engines.embedded import PASSES_BETWEEN_STEPS, EngineStats
+from ilr_fast.engines.exact import trainers_kernel
 from ilr_fast.engines.mistakes import failure_of, mistake_of
 from ilr_fast.engines.stops import Decoder, StopStrings
 from ilr_fast.engines.vllm_core import CoreOptions, open_core
-from ilr_fast.engines.vllm_logps import Noise, exact_forward, float32_logits
+from ilr_fast.engines.vllm_logps import Noise, float32_logits
 from ilr_fast.engines.vllm_lora import Adapter
 from ilr_fast.engines.vllm_requests import Requests
 from ilr_fast.errors import UserError
@@ -89,7 +90,7 @@ class VllmEngine:
         if hasattr(model, "peft_config"):
             self._adapter = Adapter(model, self._core.worker, where)
         float32_logits(self._core.model)
-        self.forward = exact_forward(model, self._core, where) if options.exact else None
+        self.kernel = trainers_kernel(model, self._core, options.exact, where)
         self._client = self._core.client
         self._vocabulary: int = model.get_input_embeddings().weight.shape[0]
         self._stop_tokens = frozenset(stop_tokens)

@@ -14,6 +14,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -23,7 +24,7 @@ from packaging.version import Version
 from torch import nn
 
 from ilr_fast.engines.regions import Region
-from ilr_fast.engines.vllm_exact import check_exact, exact_arguments
+from ilr_fast.engines.vllm_exact import check_exact, exact_arguments, exact_modules
 from ilr_fast.engines.vllm_lora import lora_arguments
 from ilr_fast.engines.vllm_memory import filling, open_regions, tensors_of
 from ilr_fast.engines.vllm_process import (
@@ -124,7 +125,7 @@ def open_core(model: Any, options: CoreOptions, where: str, device: torch.device
     cache = _cache_bytes(model, options, context, device, where)
     if options.exact:
         check_exact(model, device, where)
-    prepare_process(pieces=options.fast_start and not options.exact, exact=options.exact)
+    prepare_process(pieces=options.fast_start, exact=options.exact)
     decoder = type(model.get_decoder())
     with process_kept_as_it_is(), class_kept_as_it_is(decoder), tempfile.TemporaryDirectory() as folder:
         from vllm.engine.arg_utils import EngineArgs
@@ -136,12 +137,13 @@ def open_core(model: Any, options: CoreOptions, where: str, device: torch.device
         _save_config(model, folder)
         arguments = _arguments(model, options, context, cache, device) | adapters
         arguments |= exact_arguments(model) if options.exact else {}
+        modules = exact_modules() if options.exact else nullcontext()
         regions = open_regions(device, where) if options.sleeps and device.type == "cuda" else {}
         try:
             with models_inspected_here():
                 config = EngineArgs(model=folder, **arguments).create_engine_config()
             stream = _stream_of_its_own(current_platform, device)
-            with weights_left_in_place(), quick_start(), torch.cuda.stream(stream), filling(regions):
+            with weights_left_in_place(), quick_start(), torch.cuda.stream(stream), filling(regions), modules:
                 client = InprocClient(config, Executor.get_class(config), log_stats=False)
         except (ValueError, torch.OutOfMemoryError, RuntimeError) as error:
             raise _explained(error, model, where) from error

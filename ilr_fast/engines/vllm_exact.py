@@ -1,21 +1,32 @@
 """vLLM so that a token has the same bits whatever shares its batch, decoded or in a prompt, cached or not.
 
-Its batch-invariant mode is most of it: products in tiles that do not depend on the number of rows, attention in one
-split. Two things are added here: the residual goes into a norm before the kernel does, and for heads of another width
-than 128 attention is Triton's. The mode replaces operators of the whole process, the trainer's too.
+Its batch-invariant mode gives attention in one split. Everything else is what the trainer's fused layers compute with:
+norms with the residual added, RoPE and the gated unit by this project's kernels, products by cuBLAS, which is told not
+to split sums. (vLLM's mode has products of its own, in Triton, several times as slow where few rows are multiplied, and
+puts slower operators in the place of torch's for the whole process: neither is used.) For heads of other widths than
+128 and 256 attention is vLLM's Triton kernel.
+
+    with exact_modules():
+        client = InprocClient(…)
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from functools import partial
 from importlib import metadata
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from ilr_kernels.gated import gated
+from ilr_kernels.norm import add_norm_forward, norm_forward
+from ilr_kernels.rotary import rotate_by_table
 from packaging.version import Version
-from torch import Tensor
+from torch import Tensor, nn
 
 from ilr_fast.errors import UserError
 
@@ -38,34 +49,64 @@ def check_exact(model: Any, device: torch.device, where: str) -> None:
 
 
 def exact_arguments(model: Any) -> dict[str, Any]:
-    """Arguments of vLLM's engine for `model`; its norms are exact from then on.
+    """Arguments of vLLM's engine for `model`.
 
-    FlashAttention 3 tiles the keys of heads of 64 otherwise for one query than for many.
+    FlashAttention 3 tiles the keys of heads of 64 otherwise for one query than for many, those of 128 and 256 do not.
     """
-    _one_norm_for_any_batch()
     config = model.config.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return {"attention_backend": "FLASH_ATTN" if width == 128 else "TRITON_ATTN"}
+    return {"attention_backend": "FLASH_ATTN" if width in (128, 256) else "TRITON_ATTN"}
 
 
-def _one_norm_for_any_batch() -> None:
-    """The residual is added before vLLM's batch-invariant norm: its fused kernel sums otherwise below 256 tokens."""
-    from vllm.model_executor.layers import layernorm
+@contextlib.contextmanager
+def exact_modules() -> Iterator[None]:
+    """While a core is opened: its model's modules are exact before anything of it is captured."""
+    from vllm.model_executor.layers import batch_invariant, linear
+    from vllm.v1.worker.gpu_worker import Worker
 
-    norm = layernorm.rms_norm_batch_invariant
-    if isinstance(norm, _AddThenNorm):
-        return
-    layernorm.rms_norm_batch_invariant = _AddThenNorm(norm)
+    load_model = Worker.load_model
+    linear.linear_batch_invariant = F.linear
+    batch_invariant.enable_batch_invariant_mode = _whole_sums
+
+    def loaded(worker: Any, *arguments: Any, **named: Any) -> None:
+        load_model(worker, *arguments, **named)
+        make_exact(worker.get_model())
+
+    Worker.load_model = loaded
+    try:
+        yield
+    finally:
+        Worker.load_model = load_model
 
 
-class _AddThenNorm:
-    """vLLM's `rms_norm_batch_invariant`, without its fused kernel."""
+def make_exact(engine_model: nn.Module) -> None:
+    """Norms, RoPE and gated units of vLLM's model are computed by the trainer's kernels from then on."""
+    modules: list[Any] = list(engine_model.modules())
+    for module in modules:
+        kind, has_table = type(module).__name__, hasattr(module, "cos_sin_cache")
+        found = _norm if kind == "RMSNorm" else _gated if kind == "SiluAndMul" else _rotary if has_table else None
+        if found is not None:
+            module._forward_method = partial(found, module)  # what vLLM's module calls on any platform
 
-    def __init__(self, norm: Callable[..., Tensor]):
-        self._norm = norm
 
-    def __call__(self, x: Tensor, weight: Tensor, eps: float = 1e-6, residual: Tensor | None = None) -> Any:
-        if residual is None:
-            return self._norm(x, weight, eps)
-        total = x + residual
-        return self._norm(total, weight, eps), total
+def _norm(module: Any, x: Tensor, residual: Tensor | None = None) -> Any:
+    kind = module.weight.data, module.variance_epsilon, False, False
+    return norm_forward(x, *kind) if residual is None else add_norm_forward(x, residual, *kind)
+
+
+def _gated(module: Any, x: Tensor) -> Tensor:
+    return gated(*x.chunk(2, -1), "silu")
+
+
+def _rotary(module: Any, positions: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    table_PD = module._match_cos_sin_cache_dtype(query)
+    rotate_by_table(*(x.unflatten(-1, (-1, module.head_size)) for x in (query, key)), table_PD, positions)
+    return query, key
+
+
+def _whole_sums() -> None:
+    """Stands for `enable_batch_invariant_mode`: cuBLAS gets no room for parts of a sum."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":16:8"
+    os.environ["CUBLASLT_WORKSPACE_SIZE"] = "1"
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = (False, False)
+    torch.backends.cuda.preferred_blas_library("cublaslt")

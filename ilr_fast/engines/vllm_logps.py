@@ -27,8 +27,7 @@ from ilr_kernels.lm_head_autograd import choose_sweep
 from ilr_kernels.sweep import Head
 from torch import Tensor, nn
 
-from ilr_fast.attention import LMHead, lm_head_of
-from ilr_fast.engines.exact import ExactForward
+from ilr_fast.attention import LMHead
 from ilr_fast.engines.vllm_core import Core
 from ilr_fast.engines.vllm_requests import Requests
 
@@ -113,13 +112,6 @@ class TrainersLogps:
     def _logps(self, hidden_ND: Tensor, target_N: Tensor, temperature: float) -> Tensor:
         head = Head(self._head.weight, self._head.bias, temperature, self._head.softcap)
         return choose_sweep(hidden_ND, head.weight_VD)(head, hidden_ND, target_N, None, None).logp_N
-
-
-def exact_forward(model: Any, core: Core, where: str) -> ExactForward:
-    """The trainer's forward pass by vLLM's kernels; from now on the engine's log-probs are the trainer's too."""
-    forward = ExactForward(model, core.model, where)
-    TrainersLogps(core.worker.model_runner, core.model, lm_head_of(model))
-    return forward
 
 
 class _Sampled(NamedTuple):

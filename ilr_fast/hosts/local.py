@@ -199,7 +199,7 @@ def _with_vllm(name: str, agent: AgentConfig, config: Config, chat: ChatFormat) 
             device=device_of(agent, where),
             where=where,
         )
-    return LocalHost(Agent(name, agent, config, chat.tokenizer, model, engine.forward), engine)
+    return LocalHost(Agent(name, agent, config, chat.tokenizer, model, engine.kernel), engine)
 
 
 def _set_up_torch(config: Config) -> None:
