@@ -5,59 +5,60 @@
 A model of Qwen2's 1.5B shape with random weights, its last norm scaled so that tokens have log-probs of some nats.
 Requests of 128 tokens each sample 256 more. The trainer then updates on them (at rate 0), which gives the differences
 of what enters the loss, and the engine computes some of them once more as prompts (its own noise). Measures of the
-default mode:
+default mode, each with those before it:
 
-    logits in bfloat16 (vLLM's own) · in float32 (what the engine does here) · and log-probs by `linear_logprob`
-    the trainer's layers as transformers has them · with RoPE in float32, rounded once · fused (what training does)
+    logits in bfloat16 (vLLM's own) · in float32 (what the engine does here)
+    the trainer's layers as transformers has them · with RoPE in float32, rounded once · fused, rounded where vLLM
+    rounds · with vLLM's attention (what training does)
 
-A process of its own has vLLM in its batch-invariant mode, and the trainer's forward pass by its kernels (`exact:
-true`): every difference must be 0, also after an update, and must not be 0 once one parameter has changed.
+A process of its own has an exact engine (`exact: true`): every difference must be 0, also after an update, and must not
+be 0 once one parameter has changed. A step there, rollout and update, is given over that of the default mode. Small
+models of three families follow, exact too: prompts with a common prefix, and long ones that come in parts and again
+from the prefix cache.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from ilr_benchmarks.common import row
-from ilr_benchmarks.rollout_load import QWEN, NoText
+from ilr_benchmarks.exactness_setting import Setting
 
 from ilr_fast.errors import UserError
-from ilr_fast.types import Generation, Sampling, TrainingSequence, TrainingTurn
 
-PROMPT, SAMPLED, REQUESTS = 128, 256, 256
-QUICK = dict(
-    vocab_size=512, hidden_size=128, intermediate_size=192, num_hidden_layers=3, num_attention_heads=2,
-    num_key_value_heads=1, max_position_embeddings=4096, tie_word_embeddings=True,
+SMALL: dict[str, Any] = dict(
+    vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=4, max_position_embeddings=4096,
+    tie_word_embeddings=True,
 )  # fmt: skip
-ROWS = 8192  # packed tokens of one forward pass
-SCALE = 6.0  # of the last norm: log-probs of some nats
 
 
 def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> list[dict[str, Any]]:
-    """Rows of the default mode, and from a process of its own of the exact one."""
+    """Rows of the default mode, and from processes of their own of the exact one."""
     try:
         rows = default_mode(quick, device, rounds)
     except UserError as error:
         return [row("default", "", [], status=str(error).splitlines()[0])]
     if device == "cuda":
         with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "rows.json"
-            command = [sys.executable, "-m", "ilr_benchmarks.exactness", str(file), str(int(quick)), str(rounds)]
-            subprocess.run(command, check=False)
-            rows += json.loads(file.read_text()) if file.exists() else [row("exact", "", [], status="failed")]
+            for part in ("exact", "families"):
+                file = Path(folder) / f"{part}.json"
+                arguments = part, str(file), str(int(quick)), str(rounds)
+                subprocess.run([sys.executable, "-m", "ilr_benchmarks.exactness", *arguments], check=False)
+                rows += json.loads(file.read_text()) if file.exists() else [row(part, "", [], status="failed")]
+        steps = [r["step_seconds"] for r in rows if r["variant"].endswith("a step")]
+        for r in rows:
+            if r["variant"] == "exact: a step" and len(steps) == 2:
+                r["over_default"] = steps[1] / steps[0]
     return rows
 
 
@@ -67,22 +68,28 @@ def default_mode(quick: bool, device: str, rounds: int) -> list[dict[str, Any]]:
 
     setting = Setting(quick, device)
     engine, model = setting.open()
+    kernel, engine.kernel = engine.kernel, None
     _plain_logits(engine)
-    told, _ = setting.measure(rounds)
+    told, _ = setting.measure(1)
     rows = [row("logits in bfloat16", setting.shape, told.pop("seconds"), **told)]
     vllm_logps.float32_logits(engine._core.model)
     told, results = setting.measure(rounds)
-    rows.append(row("logits in float32", setting.shape, told.pop("seconds"), **told))
+    noise, seconds = told["engine_noise"], told.pop("seconds")
+    rows.append(row("logits in float32", setting.shape, seconds, **told))
     with _rope_in_float32():
         rows.append(row("  and the trainer's RoPE", setting.shape, [], **setting.differences(results)))
     if device == "cuda":
         setting.changed(fused_layers="on")
         rows.append(row("  and its layers fused", setting.shape, [], **setting.differences(results)))
-    rows.append(row("an update", setting.shape, setting.updates(results, rounds)))
-    if device == "cuda":
-        setting.own_logps()
-        told, _ = setting.measure(rounds)
-        rows.append(row("  and log-probs by linear_logprob", setting.shape, told.pop("seconds"), **told))
+        rows.append(row("an update, torch's attention", setting.shape, setting.updates(results, rounds)))
+        engine.kernel = kernel
+        setting.changed()
+        found = setting.differences(results)
+        mean = found["logp_diff_mean"]
+        rows.append(row("  and vLLM's attention", setting.shape, [], over_noise=noise and mean / noise, **found))
+    updates = setting.updates(results, rounds)
+    rows.append(row("an update", setting.shape, updates))
+    rows.append(setting.step("a step", seconds, updates))
     engine.close()
     return rows
 
@@ -92,7 +99,10 @@ def exact_mode(quick: bool, rounds: int) -> list[dict[str, Any]]:
     setting = Setting(quick, "cuda", exact=True)
     engine, model = setting.open()
     told, results = setting.measure(rounds)
-    rows = [row("exact", setting.shape, told.pop("seconds"), error=told["logp_diff_max"], **told)]
+    seconds = told.pop("seconds")
+    rows = [row("exact", setting.shape, seconds, error=told["logp_diff_max"], **told)]
+    updates = setting.updates(results, rounds)
+    rows += [row("exact: an update", setting.shape, updates), setting.step("exact: a step", seconds, updates)]
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[3, 5] += 0.5
     setting.changed()
@@ -103,124 +113,39 @@ def exact_mode(quick: bool, rounds: int) -> list[dict[str, Any]]:
     told, results = setting.measure(1)
     told.pop("seconds")
     rows.append(row("exact, after the update", setting.shape, [], error=told["logp_diff_max"], **told))
-    rows.append(row("exact: an update", setting.shape, setting.updates(results, rounds)))
     return rows
 
 
-class Setting:
-    """A model, its engine, and requests."""
+def families(quick: bool, rounds: int) -> list[dict[str, Any]]:
+    """Small exact models: heads of 128 and 64, biases, norms of q and k; prefixes, prompts in parts, cached ones."""
+    import transformers
 
-    def __init__(self, quick: bool, device: str, exact: bool = False, config: Any = None):
-        import transformers
+    rows = []
+    kinds = {"Qwen2": (transformers.Qwen2Config, 128), "Llama": (transformers.LlamaConfig, 64),
+             "Qwen3": (transformers.Qwen3Config, 128)}  # fmt: skip
+    for name, (kind, size) in kinds.items():
+        heads = 1024 // size
+        config = kind(**{**SMALL, "num_attention_heads": heads, "num_key_value_heads": heads // 4, "head_dim": size})
+        setting = Setting(True, "cuda", exact=True, config=config)
+        setting.shape = f"{name}, {SMALL['num_hidden_layers']} layers, heads of {size}"
+        engine, model = setting.open()
+        stem, *ends = _tokens(700, *[20] * 48)
+        loads = {
+            "48 requests with a common prefix": [[*stem, *end] for end in ends],
+            "prompts of 3,000 in parts": _tokens(*[3000] * 6),
+        }
+        for what, prompts in loads.items():
+            setting.prompts, setting.requests, setting.sampled = prompts, len(prompts), 64
+            for again in ("", ", from the prefix cache"):
+                found = setting.differences(setting.sample())
+                rows.append(row(f"exact: {what}{again}", setting.shape, [], error=found["logp_diff_max"], **found))
+        engine.close()
+    return rows
 
-        self.device, self.exact = device, exact
-        self.agent_config: dict[str, Any] = {"fused_layers": "off"}
-        self.config = config or transformers.Qwen2Config(**(QUICK if quick else QWEN))
-        self.requests = 12 if quick else REQUESTS
-        self.sampled = 24 if quick else SAMPLED
-        self.shape = f"{'small' if quick else 'Qwen2 1.5B'}, {self.requests} requests of {PROMPT} + {self.sampled}"
-        draw = np.random.default_rng(0)
-        self.prompts = draw.integers(0, self.config.vocab_size, (self.requests, PROMPT)).tolist()
 
-    def open(self) -> tuple[Any, Any]:
-        """The engine and the model that shares its weights."""
-        import transformers
-
-        from ilr_fast.attention import prepare
-        from ilr_fast.engines.vllm import VllmEngine
-        from ilr_fast.engines.vllm_core import CoreOptions, check_version
-        from ilr_fast.engines.vllm_process import prepare_process
-
-        check_version("bench")
-        prepare_process(exact=self.exact)
-        torch.manual_seed(0)
-        with torch.device(self.device):
-            dtype = torch.float32 if self.device == "cpu" else torch.bfloat16
-            self.model = transformers.AutoModelForCausalLM.from_config(self.config, dtype=dtype).eval()
-        with torch.no_grad():
-            self.model.model.norm.weight.mul_(SCALE)
-        prepare(self.model)
-        options = CoreOptions(slots=self.requests, max_context=4096, exact=self.exact,
-                              cache_gib=0.2 if self.requests < 64 else 4.0)  # fmt: skip
-        self.engine = VllmEngine(self.model, NoText(), options=options, seeded=False, where="bench")
-        return self.engine, self.model
-
-    def measure(self, rounds: int) -> tuple[dict[str, Any], list[Generation]]:
-        """Seconds of the rollout, tokens a second, differences to the trainer and the engine's own noise."""
-        self.sample(tokens=8)
-        seconds = []
-        for _ in range(min(rounds, 3)):
-            self.engine.weights_changed()
-            results = self.sample()
-            seconds.append(self.sample_seconds)
-        told = self.differences(results) | {"engine_noise": self.engine.noise(), "seconds": seconds}
-        told["tokens_per_second"] = self.requests * self.sampled / float(np.median(seconds))
-        return told, results
-
-    def sample(self, tokens: int | None = None) -> list[Generation]:
-        async def all_of_them() -> list[Generation]:
-            return list(await asyncio.gather(*(
-                self.engine.generate(prompt, Sampling(tokens or self.sampled, seed=n))
-                for n, prompt in enumerate(self.prompts)
-            )))  # fmt: skip
-
-        start = time.perf_counter()
-        results = asyncio.run(all_of_them())
-        self.sample_seconds = time.perf_counter() - start
-        assert all(r.finish == "length" for r in results), [r.error for r in results if r.error][:1]
-        return results
-
-    def differences(self, results: list[Generation]) -> dict[str, Any]:
-        """Mean and largest |trainer's − engine's log-prob|, of what enters the loss, by an update at rate 0."""
-        agent = self.agent
-        start = time.perf_counter()
-        told = agent.update(self._sequences(results), 1)
-        _synchronize()
-        self.update_seconds = time.perf_counter() - start
-        assert told.tokens_trained == len(results) * self.sampled and told.skipped is None, told
-        said = np.concatenate([r.logps for r in results])
-        keys = ("logp_diff_mean", "logp_diff_max", "grad_norm")
-        return {key: told.metrics[key] for key in keys} | {"mean_logp": float(said.mean())}
-
-    def changed(self, **config: Any) -> None:
-        """Weights were written by hand, or the trainer's config changes: it is made anew."""
-        self.agent_config |= config
-        del self.agent
-
-    @cached_property
-    def agent(self) -> Any:
-        from ilr_fast.agent import Agent
-        from ilr_fast.config import AgentConfig, Config, OptimizerConfig
-
-        self.model.requires_grad_(True)
-        in_place: dict[str, Any] = {"rounding": "stochastic", "moments": "bfloat16"} if self.device == "cuda" else {}
-        optimizer = OptimizerConfig(lr=0.0, **in_place)
-        config = AgentConfig(model="random", optimizer=optimizer, micro_batch_tokens=ROWS, **self.agent_config)
-        return Agent("bench", config, Config(), NoText(), self.model, self.engine.kernel)
-
-    def updates(self, results: list[Generation], rounds: int) -> list[float]:
-        """Seconds of an update: forward, backward, AdamW."""
-        found = []
-        for _ in range(min(rounds, 3)):
-            self.differences(results)
-            found.append(self.update_seconds)
-        return found
-
-    def own_logps(self) -> None:
-        """From now on the engine's log-probs are `linear_logprob`'s."""
-        from ilr_fast.attention import lm_head_of
-        from ilr_fast.engines.vllm_logps import TrainersLogps
-
-        TrainersLogps(self.engine._core.worker.model_runner, self.engine._core.model, lm_head_of(self.model))
-
-    def _sequences(self, results: list[Generation]) -> list[TrainingSequence]:
-        """One group a request, with advantages of both signs."""
-        found = []
-        for n, (prompt, result) in enumerate(zip(self.prompts, results, strict=True)):
-            tokens = (*prompt, *result.tokens)
-            turn = TrainingTurn(len(prompt), len(tokens), 1.0 if n % 2 else -1.0, result.logps)
-            found.append(TrainingSequence(str(n), 0, tokens, (turn,)))
-        return found
+def _tokens(*lengths: int) -> list[list[int]]:
+    draw = np.random.default_rng(1)
+    return [draw.integers(0, SMALL["vocab_size"], length).tolist() for length in lengths]
 
 
 def _plain_logits(engine: Any) -> None:
@@ -254,11 +179,8 @@ def _replaced(owner: Any, name: str, value: Callable[..., Any]) -> Iterator[None
         setattr(owner, name, before)
 
 
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 if __name__ == "__main__":
     os.environ["VLLM_BATCH_INVARIANT"] = "1"
-    Path(sys.argv[1]).write_text(json.dumps(exact_mode(bool(int(sys.argv[2])), int(sys.argv[3]))))
+    part, file, quick, rounds = sys.argv[1:]
+    found = {"exact": exact_mode, "families": families}[part](bool(int(quick)), int(rounds))
+    Path(file).write_text(json.dumps(found))

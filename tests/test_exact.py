@@ -140,11 +140,16 @@ def test_the_engines_log_probs_are_linear_logprobs(monkeypatch: pytest.MonkeyPat
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU of compute capability 9.0")
 def test_no_token_differs_and_a_changed_parameter_is_seen(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "ilr_benchmarks.exactness", str(tmp_path / "rows.json"), "1", "1"]
-    subprocess.run(command, check=True)
-    rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [row["logp_diff_max"] for row in rows if row["error"] is not None] == [0, 0]
-    assert [row["logp_diff_max"] > 0 for row in rows if "changed" in row["variant"]] == [True]
+    rows = [r for part in ("exact", "families") for r in rows_of(part, tmp_path / f"{part}.json")]
+    assert {r["variant"]: r["error"] for r in rows if r["error"]} == {}
+    assert sum(r["error"] == 0 for r in rows) == 2 + 3 * 4
+    assert [r["logp_diff_max"] > 0 for r in rows if "changed" in r["variant"]] == [True]
+
+
+def rows_of(part: str, file: Path) -> list[dict[str, Any]]:
+    """Of the benchmark's exact processes."""
+    subprocess.run([sys.executable, "-m", "ilr_benchmarks.exactness", part, str(file), "1", "1"], check=True)
+    return json.loads(file.read_text())
 
 
 def test_what_is_not_known_to_be_exact_is_refused() -> None:

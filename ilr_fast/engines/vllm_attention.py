@@ -10,6 +10,7 @@ own kernel forwards too, attention alone makes a third of what the two sides' lo
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ilr_fast.flash_attention import RaggedKernel, TorchFlash
+from ilr_fast.flash_attention import CHECK_TOLERANCE, RaggedKernel, TorchFlash, check
 from ilr_fast.segments import Segments
 
 PAGE = 16  # tokens, as in the engine's cache: the kernel's tiles follow from it
@@ -27,9 +28,24 @@ def engines_kernel(engine_model: nn.Module) -> RaggedKernel | None:
     """The attention of all of a model's layers; None where there are several, or torch's own serves as well."""
     from vllm.model_executor.layers.attention import Attention
 
-    backends = [module.impl for module in engine_model.modules() if isinstance(module, Attention)]
-    versions = {getattr(backend, "vllm_flash_attn_version", None) for backend in backends}
-    return kernel_of(backends[0], exact=False) if versions == {3} else None
+    backends: list[Any] = [module.impl for module in engine_model.modules() if isinstance(module, Attention)]
+    kinds = {(getattr(b, "vllm_flash_attn_version", None), getattr(b, "head_size", 0)) for b in backends}
+    if len(kinds) > 1 or (kernel := kernel_of(backends[0], exact=False)) is None:
+        return None
+    weight = next(engine_model.parameters())
+    return kernel if _computes(kernel, weight.device, weight.dtype, backends[0].head_size) else None
+
+
+def _computes(kernel: RaggedKernel, device: torch.device, dtype: torch.dtype, size: int) -> bool:
+    """Whether it gives what a softmax written out gives, and its gradients; a warning where it does not."""
+    try:
+        error = max(check(device, dtype, size, window, kernel) for window in (None, 5))
+    except (RuntimeError, AttributeError, TypeError, ImportError) as problem:
+        warnings.warn(f"vLLM's attention can't be used for training ({problem})", stacklevel=2)
+        return False
+    if not error < CHECK_TOLERANCE:
+        warnings.warn(f"vLLM's attention is off by {error:.2g} in training, and is not used there", stacklevel=2)
+    return error < CHECK_TOLERANCE
 
 
 def kernel_of(backend: Any, *, exact: bool) -> RaggedKernel | None:
