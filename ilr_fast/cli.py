@@ -71,6 +71,7 @@ class _Parser(argparse.ArgumentParser):
     """argparse, with our form of errors."""
 
     def error(self, message: str) -> None:  # type: ignore[override]
+        """Says what is wrong in our form, for an unknown command the nearest one too; SystemExit(2)."""
         if "invalid choice" in message and "choose from" in message and self.prog == "ilr-fast":
             word = message.split("'")[1]
             message = f"unknown command {word!r}; {nearest(word, COMMANDS)}"

@@ -153,6 +153,7 @@ class _HostCopies:
         return [None if p.dtype == torch.float32 else c for p, c in zip(self._parameters, copies, strict=True)]
 
     def restore(self, state: Mapping[int, Mapping[str, Tensor]], masters: Sequence[Tensor | None]) -> None:
+        """Takes over AdamW's state by parameter (0 where it has none) and float32 copies (None: the parameter)."""
         self._steps = [int(state[i]["step"]) if i in state else 0 for i in range(len(self._parameters))]
         for kind, name in (("mean", "exp_avg"), ("square", "exp_avg_sq")):
             for i, own in enumerate(self._states.of(kind)):

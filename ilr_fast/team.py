@@ -116,7 +116,7 @@ def open_team(
                 if name in away:  # room for the next one
                     hosts[name].reside("away")
             wait_until_ready([process for name, process in apart.items() if name not in turns], advance)
-        residencies, present = _residencies(config, hosts)
+        residencies, present = _residencies(config, hosts, away)
         yield Team(present, {name: Seat(host, chats[name]) for name, host in present.items()}, residencies)
 
 
@@ -126,9 +126,11 @@ def leaving(config: Config) -> set[str]:
     return {name for names in turns for name in names[:-1]}
 
 
-def _residencies(config: Config, hosts: Mapping[str, Host]) -> tuple[tuple[Residency, ...], dict[str, Host]]:
+def _residencies(
+    config: Config, hosts: Mapping[str, Host], leave: set[str]
+) -> tuple[tuple[Residency, ...], dict[str, Host]]:
     """The schedulers, one for each device on which something moves, and the hosts as the run uses them."""
-    found, present, leave = [], dict(hosts), leaving(config)
+    found, present = [], dict(hosts)
     for names in by_device(config).values():
         sleep = {name: config.agents[name].engine.rests for name in names}
         if any(kind != "never" for kind in sleep.values()):
