@@ -10,6 +10,7 @@ import os
 import torch
 from test_kernels_adamw import (
     test_against_truth_in_float32,
+    test_gradients_off_alignment,
     test_part_by_part_is_the_whole,
     test_the_seed_decides,
     test_what_is_rounded_is_a_neighbour_and_right_on_average,
@@ -25,4 +26,5 @@ if __name__ == "__main__":
     test_what_is_rounded_is_a_neighbour_and_right_on_average("cpu")
     test_the_seed_decides("cpu")
     test_part_by_part_is_the_whole("cpu")
+    test_gradients_off_alignment("cpu")
     print("all agree")

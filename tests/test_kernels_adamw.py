@@ -130,6 +130,18 @@ def test_part_by_part_is_the_whole(device: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(whole[part], parts[part], strict=True))
 
 
+@pytest.mark.parametrize("device", BOTH)
+def test_gradients_off_alignment(device: str) -> None:
+    """Views that start anywhere, first and among others, give the bits of gradients that start at 16 bytes."""
+    one, other = (problem(torch.bfloat16, torch.float32, torch.float32, device) for _ in range(2))
+    shifted = [torch.cat([x.new_zeros(i), x.flatten()])[i:].view(x.shape) for i, x in enumerate(one[1], start=1)]
+    assert any(x.data_ptr() % 16 for x in shifted)
+    adamw_step_(*one, lr=1e-3, step=2, seed=3)
+    adamw_step_(other[0], shifted, *other[2:], lr=1e-3, step=2, seed=3)
+    for part in (0, 2, 3):
+        assert all(torch.equal(a, b) for a, b in zip(one[part], other[part], strict=True))
+
+
 def test_numbers_at_the_edges() -> None:
     x = torch.tensor([3.4e38, -3.4e38, math.inf, -math.inf, math.nan, 0.0, -0.0, 1e-40])
     for seed in range(50):

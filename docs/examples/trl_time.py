@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -226,7 +227,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name(),
         "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "versions": versions,
-        "commit": output("git", "rev-parse", "--short", "HEAD"),
+        "commit": os.environ.get("ILR_COMMIT") or output("git", "rev-parse", "--short", "HEAD"),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": "python " + " ".join(sys.argv),
         "rows": rows,
