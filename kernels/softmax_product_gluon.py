@@ -120,8 +120,8 @@ def _multiply(exps, p_bias, p_target, p_shift, p_total, p_moment, a, b, pieces, 
               GROUP: gl.constexpr, PROGRAMS: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     """One group of four warps: the products of its 64 rows of every tile, and their exponentials and sums.
 
-    Between a tile's last product and the next one's first the group lets the tensor cores go, so that only the
-    exponentials are left there: the tile's place, its shifts and targets are found while they multiply.
+    The tensor cores have nothing of this group between a tile's last product and the next one's first, so that only
+    exponentials stand there: a tile's place, shifts and targets are found while its first product is made.
     """
     whole: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
     piece: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
