@@ -42,27 +42,32 @@ SMALL: dict[str, Any] = dict(
 )  # fmt: skip
 
 
-def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> list[dict[str, Any]]:
+def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> Iterator[dict[str, Any]]:
     """Rows of the default mode, and from processes of their own of the exact one."""
+    steps = []
     try:
-        rows = default_mode(quick, device, rounds)
+        for found in default_mode(quick, device, rounds):
+            steps.append(found.get("step_seconds"))
+            yield found
     except UserError as error:
-        return [row("default", "", [], status=str(error).splitlines()[0])]
-    if device == "cuda":
-        with tempfile.TemporaryDirectory() as folder:
-            for part in ("exact", "families"):
-                file = Path(folder) / f"{part}.json"
-                arguments = part, str(file), str(int(quick)), str(rounds)
-                subprocess.run([sys.executable, "-m", "ilr_benchmarks.exactness", *arguments], check=False)
-                rows += json.loads(file.read_text()) if file.exists() else [row(part, "", [], status="failed")]
-        steps = [r["step_seconds"] for r in rows if r["variant"].endswith("a step")]
-        for r in rows:
-            if r["variant"] == "exact: a step" and len(steps) == 2:
-                r["over_default"] = steps[1] / steps[0]
-    return rows
+        yield row("default", "", [], status=str(error).splitlines()[0])
+        return
+    for part in ("exact", "families") if device == "cuda" else ():
+        for found in _in_a_process(part, quick, rounds):
+            if "step_seconds" in found:
+                found["over_default"] = found["step_seconds"] / steps[-1]
+            yield found
 
 
-def default_mode(quick: bool, device: str, rounds: int) -> list[dict[str, Any]]:
+def _in_a_process(part: str, quick: bool, rounds: int) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.json"
+        arguments = part, str(file), str(int(quick)), str(rounds)
+        subprocess.run([sys.executable, "-m", "ilr_benchmarks.exactness", *arguments], check=False)
+        return json.loads(file.read_text()) if file.exists() else [row(part, "", [], status="failed")]
+
+
+def default_mode(quick: bool, device: str, rounds: int) -> Iterator[dict[str, Any]]:
     """The measures one by one, on the same engine."""
     from ilr_fast.engines import vllm_logps
 
@@ -71,27 +76,26 @@ def default_mode(quick: bool, device: str, rounds: int) -> list[dict[str, Any]]:
     kernel, engine.kernel = engine.kernel, None
     _plain_logits(engine)
     told, _ = setting.measure(1)
-    rows = [row("logits in bfloat16", setting.shape, told.pop("seconds"), **told)]
+    yield row("logits in bfloat16", setting.shape, told.pop("seconds"), **told)
     vllm_logps.float32_logits(engine._core.model)
     told, results = setting.measure(rounds)
     noise, seconds = told["engine_noise"], told.pop("seconds")
-    rows.append(row("logits in float32", setting.shape, seconds, **told))
+    yield row("logits in float32", setting.shape, seconds, **told)
     with _rope_in_float32():
-        rows.append(row("  and the trainer's RoPE", setting.shape, [], **setting.differences(results)))
+        yield row("  and the trainer's RoPE", setting.shape, [], **setting.differences(results))
     if device == "cuda":
         setting.changed(fused_layers="on")
-        rows.append(row("  and its layers fused", setting.shape, [], **setting.differences(results)))
-        rows.append(row("an update, torch's attention", setting.shape, setting.updates(results, rounds)))
+        yield row("  and its layers fused", setting.shape, [], **setting.differences(results))
+        yield row("an update, torch's attention", setting.shape, setting.updates(results, rounds))
         engine.kernel = kernel
         setting.changed()
         found = setting.differences(results)
         mean = found["logp_diff_mean"]
-        rows.append(row("  and vLLM's attention", setting.shape, [], over_noise=noise and mean / noise, **found))
+        yield row("  and vLLM's attention", setting.shape, [], over_noise=noise and mean / noise, **found)
     updates = setting.updates(results, rounds)
-    rows.append(row("an update", setting.shape, updates))
-    rows.append(setting.step("a step", seconds, updates))
+    yield row("an update", setting.shape, updates)
+    yield setting.step("a step", seconds, updates)
     engine.close()
-    return rows
 
 
 def exact_mode(quick: bool, rounds: int) -> list[dict[str, Any]]:
