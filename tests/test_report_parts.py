@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+import yaml
 from made_up_runs import make_run
 
+from ilr_fast.report.arms import arms_of
 from ilr_fast.report.bundle import packed
 from ilr_fast.report.calibration import CalibrationTally
+from ilr_fast.report.compare import groups
 from ilr_fast.report.flips import FlipTally, flip
 from ilr_fast.report.keep import KINDS, Keeper, cut, kind_of
 from ilr_fast.report.runs import read_run
@@ -168,3 +171,12 @@ def test_stacked_bars_stand_on_one_another():
 
 def test_packed_is_the_same_every_time():
     assert packed({"a": [1, "é"]}) == packed({"a": [1, "é"]}) and "<" not in packed("</script>")
+
+
+def test_a_frozen_peer_is_no_result_of_the_method(tmp_path):
+    run = make_run(tmp_path / "peer", method="grpo_peer", steps=2)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["agents"]["gemma"]["train"] = "none"
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    methods = {group.agent: {line.method for line in group.lines} for group in groups(arms_of([read_run(run)]))}
+    assert "grpo_peer" in methods["smollm2"] and methods["gemma"] <= {"base", "base_few_shot"}

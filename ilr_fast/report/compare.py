@@ -121,6 +121,8 @@ def groups(arms: Sequence[Arm]) -> list[Group]:
     for arm in arms:
         for run in arm.runs:
             for row in latest(run.results):
+                if row["agent"] not in run.learners and not str(row["method"]).startswith("base"):
+                    continue  # a frozen peer was measured too: the method did nothing to it
                 key = str(row["benchmark"]), str(row["mode"]), samples_of(row), str(row["agent"])
                 members.setdefault(key, []).append(Measured(arm.label, run, row))
     return [
