@@ -124,6 +124,11 @@ def families(quick: bool, rounds: int) -> list[dict[str, Any]]:
     """Small exact models: heads of 128 and 64, biases, norms of q and k; prefixes, prompts in parts, cached ones."""
     import transformers
 
+    stem, *ends = _tokens(700, *[20] * 48)
+    loads = {
+        "48 requests with a common prefix": [[*stem, *end] for end in ends],
+        "prompts of 3,000 in parts": _tokens(*[3000] * 6),
+    }
     rows = []
     kinds = {"Qwen2": (transformers.Qwen2Config, 128), "Llama": (transformers.LlamaConfig, 64),
              "Qwen3": (transformers.Qwen3Config, 128)}  # fmt: skip
@@ -132,18 +137,12 @@ def families(quick: bool, rounds: int) -> list[dict[str, Any]]:
         config = kind(**{**SMALL, "num_attention_heads": heads, "num_key_value_heads": heads // 4, "head_dim": size})
         setting = Setting(True, "cuda", exact=True, config=config)
         setting.shape = f"{name}, {SMALL['num_hidden_layers']} layers, heads of {size}"
-        engine, model = setting.open()
-        stem, *ends = _tokens(700, *[20] * 48)
-        loads = {
-            "48 requests with a common prefix": [[*stem, *end] for end in ends],
-            "prompts of 3,000 in parts": _tokens(*[3000] * 6),
-        }
+        setting.open()
         for what, prompts in loads.items():
             setting.prompts, setting.requests, setting.sampled = prompts, len(prompts), 64
             for again in ("", ", from the prefix cache"):
                 found = setting.differences(setting.sample())
                 rows.append(row(f"exact: {what}{again}", setting.shape, [], error=found["logp_diff_max"], **found))
-        engine.close()
     return rows
 
 

@@ -61,12 +61,12 @@ def exact_arguments(model: Any) -> dict[str, Any]:
 @contextlib.contextmanager
 def exact_modules() -> Iterator[None]:
     """While a core is opened: its model's modules are exact before anything of it is captured."""
-    from vllm.model_executor.layers import batch_invariant, linear
+    from vllm.model_executor.layers import batch_invariant, linear, vocab_parallel_embedding
     from vllm.v1.worker.gpu.sample import sampler
     from vllm.v1.worker.gpu_worker import Worker
 
     load_model = Worker.load_model
-    linear.linear_batch_invariant = F.linear
+    linear.linear_batch_invariant = vocab_parallel_embedding.linear_batch_invariant = F.linear
     batch_invariant.enable_batch_invariant_mode = _whole_sums
     sampler.compute_topk_logprobs = _room_for_logps
 
