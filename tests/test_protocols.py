@@ -67,7 +67,7 @@ def test_default_messages_differ_by_interaction(reward, stage):
 
 
 def test_neutral_sharing_is_the_single_prompt():
-    for file in ("default", "short", "steps"):
+    for file in ("default", "short", "steps", "worked"):
         config = Config(prompts=PromptConfig(file=file))
         single, idea3 = load_protocol("single", config), load_protocol("idea3", config)
         assert single.message("single", View(QUESTION)) == idea3.message("sharing", View(QUESTION))
