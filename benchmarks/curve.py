@@ -2,6 +2,7 @@
 
     ilr-fast bench curve --rounds 3                 # one NVIDIA GPU with vLLM and TRL, three seeds; four minutes a seed
     python -m ilr_benchmarks.curve 2,3 --out DIR    # seeds side by side, added to DIR/curve.json: curves without times
+    python -m ilr_benchmarks.curve 1 --alone …      # both sides begin at once: ours trains while TRL is still starting
 
 SmolLM2-135M-Instruct learns sums a + b of 1 to 50 from the bare prompt `Question: What is 12 + 7?\\nAnswer:`; an answer
 ends with its line, is right where its one number (the last one of an equation) is the sum, and earns 1 or 0. Both take
@@ -36,7 +37,7 @@ from ilr_benchmarks.common import HERE, row, write_results
 from ilr_fast.metrics import read_metrics
 
 HIGH, HELD_OUT, TEST = 50, 200, 100
-QUESTIONS, SAMPLES, STEPS, EVERY, RATE = 32, 8, 80, 5, 2e-5
+QUESTIONS, SAMPLES, STEPS, EVERY, RATE = 32, 8, 70, 5, 2e-5
 GOALS = (0.5, 0.6, 0.7)
 GOAL, TARGET = 0.7, 2.0  # ours must be there in half of TRL's time
 OURS, THEIRS = "ilr-fast", "TRL"
@@ -64,7 +65,7 @@ def one_run(side: str, seed: int, *, quick: bool, device: str, beside: bool = Fa
     command = ours(folder, seed, steps, every, quick) if side == OURS else theirs(folder, seed, steps, every, device)
     if beside:
         command += ["memory_check=warn"] if side == OURS else ["--memory=0.15"]
-    start = time.perf_counter()
+    began, start = time.time(), time.perf_counter()
     with open(folder / "log", "w") as log:
         status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment(side, seed)).returncode
     wall = time.perf_counter() - start
@@ -75,7 +76,7 @@ def one_run(side: str, seed: int, *, quick: bool, device: str, beside: bool = Fa
         shutil.rmtree(folder)
     return row(
         side, shape, seconds, status="timed" if not status else f"ended with {status}", seed=seed, curve=curve,
-        beside_others=beside, wall_seconds=wall, train_seconds=sum(seconds), **reached(curve),
+        beside_others=beside, began=began, wall_seconds=wall, train_seconds=sum(seconds), **reached(curve),
     )  # fmt: skip
 
 
@@ -181,13 +182,14 @@ def main() -> None:
     parser.add_argument("seeds", help="separated by commas")
     parser.add_argument("--out", type=Path, required=True, help="folder of curve.json, whose other rows stay")
     parser.add_argument("--only", choices=(OURS, THEIRS))
+    parser.add_argument("--alone", action="store_true", help="nothing else is on the card: the times count")
     options = parser.parse_args()
     file, seeds = options.out / "curve.json", [int(seed) for seed in options.seeds.split(",")]
     runs = [(side, seed) for seed in seeds for side in ((options.only,) if options.only else (OURS, THEIRS))]
     before = json.loads(file.read_text())["rows"] if file.exists() else []
     found = [r for r in before if r["status"] != "compared" and (r["variant"], r["seed"]) not in runs]
     with ThreadPoolExecutor(len(runs)) as threads:
-        futures = [threads.submit(one_run, *run, quick=False, device="cuda", beside=True) for run in runs]
+        futures = [threads.submit(one_run, *run, quick=False, device="cuda", beside=not options.alone) for run in runs]
         for done in as_completed(futures):
             found.append(done.result())
             write_results("curve", [*found, *compared(found)], "ilr-fast bench curve", options.out)

@@ -75,7 +75,7 @@ class Curve(TrainerCallback):
         said = self.tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         right = sum(grade(text, q["answer"]) for text, q in zip(said, self.held, strict=True))
         model.train(training)
-        self.write({"step": step, "seconds": self.seconds, "accuracy": right / len(self.held)})
+        self.write({"step": step, "seconds": self.seconds, "accuracy": right / len(self.held), "at": time.time()})
 
     def write(self, line: dict[str, Any]) -> None:
         with open(self.file, "a") as file:

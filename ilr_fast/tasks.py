@@ -66,8 +66,11 @@ def largest(
         yield made if most == numbers else replace(made, level=count - numbers + 1)
 
 
-def sums(seed: int, *, low: int = 1, high: int = 99, numbers: int = 2) -> Iterator[Question]:
-    """What is 12 + 7 + 30? The solution adds one number after the other: 12 + 7 = 19, 19 + 30 = 49."""
+def sums(seed: int, *, low: int = 1, high: int = 99, numbers: int = 2, words: bool = False) -> Iterator[Question]:
+    """What is 12 + 7 + 30? The solution adds one number after the other: 12 + 7 = 19, 19 + 30 = 49.
+
+    With `words` it says so in a sentence of about 28 tokens each: We begin with 12. The next number is 7, and …
+    """
     if high < low:
         raise ValueError(f"low = {low} lies above high = {high}")
     if numbers < 2:
@@ -76,9 +79,13 @@ def sums(seed: int, *, low: int = 1, high: int = 99, numbers: int = 2) -> Iterat
     while True:
         drawn = [rng.randint(low, high) for _ in range(numbers)]
         totals = list(itertools.accumulate(drawn))
-        steps = [f"{a} + {b} = {c}" for a, b, c in zip(totals, drawn[1:], totals[1:], strict=False)]
+        steps = [(b, f"{a} + {b} = {c}", c) for a, b, c in zip(totals, drawn[1:], totals[1:], strict=False)]
+        told = ", ".join(step for _, step, _ in steps)
+        if words:
+            sentences = [f"The next number is {b}, and {step}, so the sum is now {c}." for b, step, c in steps]
+            told = " ".join([f"We begin with {drawn[0]}.", *sentences])
         text = f"What is {' + '.join(map(str, drawn))}?"
-        yield problem(text, str(totals[-1]), canonical=f"sum {sorted(drawn)}", solution=", ".join(steps))
+        yield problem(text, str(totals[-1]), canonical=f"sum {sorted(drawn)}", solution=told)
 
 
 def smallest(

@@ -18,6 +18,8 @@ QUESTION = problem("What is 12 + 7 + 30 + 1?", "50", solution="12 + 7 = 19, 19 +
         ("12 + 7 = 18, 18 + 30 = 48, 48 + 1 = 49", False, 0.0),
         ("12 + 7 = 1, 19 + 30 = 49, 49 + 1 = 50", True, 0.0),
         ("50", True, 0.0),
+        ("12 + 7 = 19, so it is 19. Then 19 + 30 = 49, 49 + 1 = 50. Check: what is 12 + 7?", True, 1.0),
+        ("12 + 7 = 19, 19 + 30 = 49, 49 + 1 = 50, 50 + 1 = 51", False, 1.0),  # went on
         ("12 + 7 = 19\n19 + 30 = 49, 49 + 1 = 50", False, 1 / 3),  # the first line counts
         ("", False, 0.0),
         ("= 19" * 100_000, False, 1 / 3),
@@ -26,7 +28,7 @@ QUESTION = problem("What is 12 + 7 + 30 + 1?", "50", solution="12 + 7 = 19, 19 +
 def test_results_count_in_order_up_to_the_first_mistake(text, correct, share):
     with make_grader("steps", format_weight=1.0) as grader:
         grade = grader.grade(QUESTION, text)
-    assert (grade.correct, grade.formatted) == (correct, share == 1)
+    assert (grade.correct, grade.formatted) == (correct, correct and share == 1)
     assert grade.reward == pytest.approx(correct + share) and grade.error is None
 
 

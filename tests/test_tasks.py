@@ -53,6 +53,11 @@ def test_sums_say_what_they_mean():
     longer = next(sums(3, low=2, high=2, numbers=4))
     assert longer.text == "What is 2 + 2 + 2 + 2?" and longer.answer == "8"
     assert longer.solution == "2 + 2 = 4, 4 + 2 = 6, 6 + 2 = 8" and read_number(longer.solution) == 8
+    spoken = next(sums(3, low=2, high=2, numbers=3, words=True))
+    assert spoken.solution == (
+        "We begin with 2. The next number is 2, and 2 + 2 = 4, so the sum is now 4. "
+        "The next number is 2, and 4 + 2 = 6, so the sum is now 6."
+    )
     assert problem("What?", "1").solution == "1"
 
 

@@ -3,9 +3,12 @@
     solution 12 + 7 = 19, 19 + 30 = 49, answer 49       correct   share   reward (format_weight 1)
     12 + 7 = 19, 19 + 30 = 49                           yes       1       2
     12 + 7 = 19, 19 + 30 = 48                           no        1/2     0.5
+    12 + 7 = 19, so it is 19. Then 19 + 30 = 49.        yes       1       2
     49                                                  yes       0       1
 
-    reward = 1 if the answer is right, as `number` reads it, plus format_weight · share
+    reward = 1 if the answer is right plus format_weight · share
+
+The answer is the last result on the first line, or without any what `number` reads.
 
 `share` is the part of the solution's results, the numbers after its equals signs, that the text's results agree with up
 to the first that differs. A model that gets no long sum right can learn from such rewards, and they have several
@@ -15,6 +18,7 @@ values, without which Perception Calibration changes nothing (docs/calibration.m
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 from itertools import takewhile
 
 from ilr_fast.rewards.base import BaseGrader
@@ -33,10 +37,12 @@ class StepsGrader(BaseGrader):
         if wanted is None or not results:
             what = "the answer of the data must be a number, and its solution show results (1 + 2 = 3)"
             return self.broken(False, None, what)
-        number = read_number(text)
-        share = reached(found(text), results)
+        given = found(text)
+        number = Decimal(given[-1]) if given else read_number(text)
+        share = reached(given, results)
         answer = None if number is None else f"{number:f}"[:200]
-        return Grade(float(number == wanted) + self.format_weight * share, number == wanted, share == 1, answer)
+        right = number == wanted
+        return Grade(float(right) + self.format_weight * share, right, right and share == 1, answer)
 
 
 def found(text: str) -> list[str]:
