@@ -15,7 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -152,12 +154,18 @@ class Agent:
 
         For a KL in the reward (`loss.kl: k1`): reward − beta · Σ (behavior log-prob − reference log-prob).
         """
-        everything = BatchRules(keep_dead=True)
-        found: list[tuple[float, ...]] = []
-        for sequence in sequences:
-            (batch,) = pack_step([sequence], everything, self.guard.tokens, self.device).batches
-            found.append(tuple(self._reference_logp(batch).tolist()))
-        return found
+        if not sequences:
+            return []
+        rules = replace(self.rules, keep_dead=True)
+
+        def logp_N(tokens: int) -> Tensor:
+            batches = pack_step(sequences, rules, tokens, self.device).batches
+            order = torch.cat([batch.token_N for batch in batches]).argsort()
+            return torch.cat([self._reference_logp(batch) for batch in batches])[order]
+
+        longest = max(len(sequence.tokens) for sequence in sequences)
+        found = iter(self.guard.run(logp_N, self._drop_gradients, longest, backward=False).tolist())
+        return [tuple(islice(found, sum(t.end - t.start for t in s.turns))) for s in sequences]
 
     def save_model(self, folder: Path) -> None:
         """Writes weights (adapters in peft's format) and tokenizer as a Hugging Face folder."""

@@ -31,10 +31,13 @@ class MemoryGuard:
         self._recompute = recompute
         self._told: str | None = None
 
-    def run(self, work: Callable[[int], Result], undo: Callable[[], object], longest: int) -> Result:
+    def run(
+        self, work: Callable[[int], Result], undo: Callable[[], object], longest: int, *, backward: bool = True
+    ) -> Result:
         """work(tokens), after each lack of memory once more with less, `undo` first.
 
-        `longest` is the longest sequence: fewer tokens than that change nothing. RunError where nothing is left to try.
+        `longest` is the longest sequence: fewer tokens than that change nothing. Without a `backward` pass there is
+        nothing to recompute. RunError where nothing is left to try.
         """
         while True:
             try:
@@ -45,18 +48,18 @@ class MemoryGuard:
             gc.collect()
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()
-            self._told = self._shrink(longest, what)
+            self._told = self._shrink(longest, what, backward)
 
     def told(self) -> str | None:
         """What was changed since the last call, for a warning."""
         told, self._told = self._told, None
         return told
 
-    def _shrink(self, longest: int, what: str) -> str:
+    def _shrink(self, longest: int, what: str, backward: bool) -> str:
         if self.tokens > longest:
             self.tokens //= 2
             change = f"micro_batch_tokens is {self.tokens} from here on"
-        elif self._recompute is not None:
+        elif self._recompute is not None and backward:
             self._recompute()
             self._recompute = None
             change = "activations are recomputed from here on (gradient_checkpointing)"

@@ -106,6 +106,29 @@ def test_old_and_reference_log_probs_stay_those_of_before_the_first_update(folde
         assert found.metrics[key] == pytest.approx(expected.metrics[key], rel=1e-4), key
 
 
+@pytest.mark.parametrize("keys", [{}, {"train": "lora"}])
+def test_the_references_log_probs_are_tried_again_too(folder, keys):
+    loss, sequences = LossConfig(beta=0.1, kl="k1"), rollout(questions=6)
+    plain, failing, hopeless = (make_agent(folder, loss, micro_batch_tokens=TOKENS, **keys) for _ in range(3))
+    for made, most in ((failing, TOKENS // 2), (hopeless, 1)):
+        logp = made._logp
+
+        def limited(model, batch, logp=logp, most=most):
+            if batch.tokens_T.numel() > most:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
+            return logp(model, batch)
+
+        made._logp = limited
+    expected, found = plain.reference_logps(sequences), failing.reference_logps(sequences)
+    assert failing.guard.tokens <= TOKENS // 2 < plain.guard.tokens and "micro_batch_tokens" in failing.guard.told()
+    assert [len(logps) for logps in found] == [sum(t.end - t.start for t in s.turns) for s in sequences]
+    for one, other in zip(found, expected, strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+    with pytest.raises(RunError, match="ada: a single sequence"):
+        hopeless.reference_logps(sequences)
+    assert not hopeless.recomputes and not hopeless.model.training
+
+
 def test_then_activations_are_recomputed_and_then_the_run_ends(folder):
     failing, plain = (make_agent(folder, micro_batch_tokens=TOKENS) for _ in range(2))
     limit(failing, 1, recomputed=10**6)
