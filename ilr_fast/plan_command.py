@@ -18,7 +18,8 @@ from ilr_fast.errors import UserError
 from ilr_fast.fill_in import Remedy, fill_in, remedies
 from ilr_fast.memory import GIB
 from ilr_fast.model_shape import ModelShape, model_shape
-from ilr_fast.plan import DevicePlan, Machine, RunPlan, plan_run
+from ilr_fast.plan import DevicePlan, Machine, RunPlan, place, plan_run
+from ilr_fast.rewards import grader_class
 
 UNITS = {"": GIB, "gib": GIB, "gb": 10**9, "mib": 2**20, "mb": 10**6}
 
@@ -26,8 +27,10 @@ UNITS = {"": GIB, "gib": GIB, "gb": 10**9, "mib": 2**20, "mb": 10**6}
 def plan_command(path: str, overrides: Sequence[str], gpu_memory: str | None) -> None:
     """Prints the plan of a config file; UserError where it does not fit, or the config is no good."""
     config = load_config(path, overrides)
-    shapes = shapes_of(config)
+    grader_class(config.reward.name)
     machine = machine_at_hand() if gpu_memory is None else a_machine_of(config, parse_size(gpu_memory))
+    check_devices(config, machine)
+    shapes = shapes_of(config)
     settled = fill_in(config, shapes, machine)
     planned = plan_run(settled, shapes, machine)
     found = [] if planned.fits else remedies(settled, shapes, machine)
@@ -55,6 +58,16 @@ def a_machine_of(config: Config, size: int) -> Machine:
     """A machine with cards of `size` bytes, as many as the config names; its host's memory is not known."""
     named = [agent.device for agent in config.agents.values() if agent.device.startswith("cuda:")]
     return Machine(dict.fromkeys(["cuda:0", *named], size), None)
+
+
+def check_devices(config: Config, machine: Machine) -> None:
+    """UserError where an agent's device is not there."""
+    for name, agent in config.agents.items():
+        device = place(agent, machine)
+        if device != "cpu" and device not in machine.devices:
+            found = ", ".join(machine.devices) or "none"
+            remedy = f"use `auto`, or plan for another machine by --gpu-memory; CUDA devices found: {found}"
+            raise UserError(f"no device {agent.device} here", f"agents.{name}.device", remedy)
 
 
 def parse_size(text: str) -> int:

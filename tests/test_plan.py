@@ -260,6 +260,16 @@ def test_the_command(tmp_path, capfd, gib, status):
         assert main(["plan", str(PAIR), "--gpu-memory", gib, *overrides, *fitting]) == 0
 
 
+@pytest.mark.parametrize(
+    ("key", "said"), [("agents.qwen.device=cuda:3", "no device cuda:3"), ("reward.name=maths", "math"),
+                      ("agents.qwen.device=gpu", "no device gpu")]
+)  # fmt: skip
+def test_the_command_refuses_what_training_would(key, said, monkeypatch, capfd):
+    monkeypatch.setattr("ilr_fast.plan_command.machine_at_hand", lambda: machine(22))
+    assert main(["plan", str(PAIR), key]) == 2
+    assert said in capfd.readouterr().err
+
+
 def test_training_refuses_what_does_not_fit_before_anything_is_loaded(tmp_path, monkeypatch, capfd):
     models = save_models(tmp_path / "models")
     monkeypatch.setattr("ilr_fast.hosts.local.open_host", lambda *_: pytest.fail("a model was loaded"))

@@ -65,25 +65,33 @@ def make_grader(
     import inspect
 
     from ilr_fast.errors import UserError, nearest
-    from ilr_fast.own import load_own
     from ilr_fast.rewards.base import Adapted
 
-    if name not in GRADERS and ":" not in name:
-        remedy = f"{nearest(name, GRADERS)}; or module:Class"
-        raise UserError(f"there is no grader called {name!r}", "reward.name", remedy)
-    grader_class = load_own(GRADERS.get(name, name), "reward.name")
-    if not callable(getattr(grader_class, "grade", None)):
-        raise UserError(f"{name!r} has no method grade(question, text)", "reward.name", "give a class that has it")
+    made = grader_class(name)
     common = {"format_weight": format_weight, "time_limit": time_limit, "workers": workers}
-    known = inspect.signature(grader_class).parameters
+    known = inspect.signature(made).parameters
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
     for option in options:
         if option not in known and not takes_all:
             remedy = nearest(option, set(known) - {"self"}) if known else "leave it out: this grader takes no options"
             raise UserError(f"the grader {name!r} has no option {option!r}", "reward", remedy)
     given = {k: v for k, v in common.items() if takes_all or k in known} | options
-    grader = grader_class(**given)
+    grader = made(**given)
     return grader if isinstance(grader, Grader) else Adapted(grader)
+
+
+def grader_class(name: str) -> Any:
+    """The class of the grader called `name`, or the user's own; UserError where there is none."""
+    from ilr_fast.errors import UserError, nearest
+    from ilr_fast.own import load_own
+
+    if name not in GRADERS and ":" not in name:
+        remedy = f"{nearest(name, GRADERS)}; or module:Class"
+        raise UserError(f"there is no grader called {name!r}", "reward.name", remedy)
+    found = load_own(GRADERS.get(name, name), "reward.name")
+    if not callable(getattr(found, "grade", None)):
+        raise UserError(f"{name!r} has no method grade(question, text)", "reward.name", "give a class that has it")
+    return found
 
 
 def overlong(tokens: int, limit: int, buffer: int) -> float:
