@@ -45,6 +45,7 @@ class Case(NamedTuple):
     tokens: int = 0
     limit: int = 110
     keys: tuple[str, ...] = ()
+    ada: bool = False  # with no kernel that needs a Hopper card
 
 
 VLLM = tuple(
@@ -58,6 +59,7 @@ CASES = {
     "ILR, 8B and 7B, LoRA, by turns": Case("24gb/ilr_8b_7b_lora.yaml", 8, 24),
     "ILR, 1.5B and 1.7B, full": Case("24gb/ilr_two_1.5b_full.yaml", 8, 24),
     "GRPO, 3B, full": Case("24gb/grpo_3b_full.yaml", 8, 24),
+    "ILR, 1.5B and 1.7B, full, kernels of an RTX 4090": Case("24gb/ilr_two_1.5b_full.yaml", 8, 24, ada=True),
     "ILR, 8B and 7B, LoRA, by turns, vLLM, a whole run": Case(
         "24gb/ilr_8b_7b_lora.yaml", limit=150, keys=(*VLLM, "steps=2", "rollout.questions=4")
     ),
@@ -84,7 +86,7 @@ def _begun(case: Case, folder: Path, quick: bool) -> Iterator[subprocess.Popen[s
     """A case's process, which imports what it needs and waits for the card."""
     asked = {
         "config": str(ROOT / "configs" / case.config), "folder": str(folder), "quick": quick, "gib": CARD,
-        "sequences": case.sequences, "tokens": case.tokens, "keys": case.keys,
+        "sequences": case.sequences, "tokens": case.tokens, "keys": case.keys, "ada": case.ada,
     }  # fmt: skip
     module = f"ilr_benchmarks.memory_{'run' if case.keys else 'case'}"
     command = [sys.executable, "-m", module, json.dumps(asked)]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ilr_benchmarks.shapes import small_shape, write_shape
+from ilr_kernels import product_plan
 
 import ilr_fast.hosts.local  # noqa: F401 (imported before the card is used)
 from ilr_fast.card import PeakSampler
@@ -31,9 +32,12 @@ from ilr_fast.team import open_team, prepare_chats
 from ilr_fast.types import Sampling, TrainingSequence, TrainingTurn
 
 STEPS = 2
+RTX_4090 = 89, 101376, 128  # compute capability 8.9, bytes of shared memory of a block, processors
 
 
 def main(asked: dict[str, Any]) -> None:
+    if asked["ada"]:
+        product_plan._properties = lambda device: RTX_4090  # type: ignore[assignment]
     config, planned = _settled(asked)
     chats = prepare_chats(config)
     wait_for_the_card()
