@@ -49,7 +49,7 @@ class Case(NamedTuple):
 
 
 VLLM = tuple(
-    f"agents.{name}.engine={{name: vllm, slots: 32, max_context: 2048, cache_gib: 3, sleep: turns}}"
+    f"agents.{name}.engine={{name: vllm, slots: 32, max_context: 2048, cache_gib: 2, sleep: turns}}"
     for name in ("llama", "qwen")
 )
 
@@ -61,7 +61,7 @@ CASES = {
     "GRPO, 3B, full": Case("24gb/grpo_3b_full.yaml", 8, 24),
     "ILR, 1.5B and 1.7B, full, kernels of an RTX 4090": Case("24gb/ilr_two_1.5b_full.yaml", 8, 24, ada=True),
     "ILR, 8B and 7B, LoRA, by turns, vLLM, a whole run": Case(
-        "24gb/ilr_8b_7b_lora.yaml", limit=150, keys=(*VLLM, "steps=2", "rollout.questions=4")
+        "24gb/ilr_8b_7b_lora.yaml", limit=150, keys=(*VLLM, "steps=2", "rollout.questions=1")
     ),
 }
 
@@ -113,10 +113,10 @@ def _rows(name: str, limit: int, worker: subprocess.Popen[str], log: Path) -> It
     status = worker.wait()
     late.cancel()
     said = log.read_text()
-    print(said[-3000:], file=sys.stderr, flush=True)
+    print(said if len(said) < 16000 else f"{said[:8000]}\n…\n{said[-8000:]}", file=sys.stderr, flush=True)
     if status != 0:
-        last = (said.strip().splitlines() or ["it ended"])[-1]
-        why = f"it took more than {limit} s" if status == -signal.SIGKILL else last[:300]
+        errors = [line for line in said.splitlines() if "Error" in line] or [f"it ended with status {status}"]
+        why = f"it took more than {limit} s" if status == -signal.SIGKILL else errors[-1][:300]
         yield row(name, SHAPE, [], status=f"wrong: {why}")
 
 

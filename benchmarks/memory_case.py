@@ -83,12 +83,13 @@ def _step(
             assert generation.finish != "error", generation.error
 
     timed("generate", lambda: asyncio.run(generate()))
-    say("generate", seconds["generate"], quiet=not last, tokens=_generated(config, asked))
     team.forget()  # as training does
+    say("generate", seconds["generate"], quiet=not last, tokens=_generated(config, asked))
     results: list[Any] = []
     for name, host in hosts.items():
         phase = f"update {name}"
-        batch = [sequence(words[name](contexts[name]), n, draw) for n in range(asked["sequences"])]
+        length = _length(config.agents[name].batch_tokens, contexts[name])
+        batch = [sequence(words[name](length), n, draw) for n in range(asked["sequences"])]
         timed(phase, lambda host=host, batch=batch: results.append(host.update(batch, step)))
         say(phase, seconds[phase], quiet=not last, tokens=sum(len(s.tokens) for s in batch), note=results[-1].note)
     seconds.setdefault("step", []).append(time.perf_counter() - begun)
@@ -99,6 +100,11 @@ def _step(
 
 def _generated(config: Config, asked: dict[str, Any]) -> int:
     return sum(agent.engine.slots for agent in config.agents.values()) * asked["tokens"]
+
+
+def _length(tokens: int, context: int) -> int:
+    """Of sequences that fill micro-batches of so many tokens, as conversations of all lengths nearly do."""
+    return max(tokens, context) // -(-tokens // context)
 
 
 def _words(draw: random.Random, vocabulary: int) -> Callable[[int], list[int]]:
@@ -129,6 +135,7 @@ class _Speaker:
         peak = self._sampler.take()
         if peak is not None:
             self._peaks[phase] = max(peak, self._peaks.get(phase, 0))
+        by_torch = _by_torch()
         if quiet:
             return
         found = self._peaks.get(phase)
@@ -137,7 +144,7 @@ class _Speaker:
             "phase": phase, "seconds": [round(s, 3) for s in seconds],
             "planned_gib": None if planned is None else round(planned / GIB, 2),
             "measured_gib": None if found is None else round(found / GIB, 2),
-            "torch_gib": _by_torch(),
+            "torch_gib": by_torch,
             "tokens_per_second": None if tokens is None else round(tokens / seconds[-1], 1), **more,
         }  # fmt: skip
         print(json.dumps(told), flush=True)

@@ -67,6 +67,9 @@ def activations(
     return Activations(tokens * (saved + stream), tokens * (passing + (layer if recompute is True else 0)))
 
 
-def forward_bytes(shape: ModelShape, tokens: int, *, size: int) -> int:
-    """A forward pass over `tokens` tokens without gradients: the widest moment of a layer, and the stream."""
-    return tokens * size * (3 * shape.intermediate + 6 * shape.hidden + 2 * shape.query)
+def forward_bytes(shape: ModelShape, tokens: int, *, size: int, adapters: bool = False) -> int:
+    """A forward pass over `tokens` tokens without gradients: the widest moment of a layer, and the stream.
+
+    Of the MLP gate, up and their product are there; with `adapters` gate, and up with two of its adapter's outputs.
+    """
+    return tokens * size * ((4 if adapters else 3) * shape.intermediate + 6 * shape.hidden + 2 * shape.query)

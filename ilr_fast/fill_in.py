@@ -78,7 +78,7 @@ def fill_in(
     contexts = contexts or estimated_contexts(config)
     own = _own_choices(config, machine, shapes)
     smallest, least = config, math.inf
-    for spare in (SPARE, 0.0):
+    for spare in (SPARE, SPARE / 2, 0.0):
         best, lowest = None, math.inf
         for shared, settings in sorted(_shared_choices(config, machine), key=lambda choice: choice[0]):
             if shared >= lowest:

@@ -97,7 +97,10 @@ def _load(config: AgentConfig, where: str, seed: int, *, on_host: bool = False) 
     prepare(model)
     if config.quantize == "nf4" and not config.random_weights:
         quantize_(model, dtype_of(config, device), where)
-    return model.to("cpu") if on_host else model.to(device)
+    model = model.to("cpu" if on_host else device)
+    if on_host and config.random_weights and device.type == "cuda":
+        torch.cuda.empty_cache()  # they were drawn there
+    return model
 
 
 def _random(folder: Path, config: AgentConfig, device: torch.device, seed: int, where: str) -> Any:

@@ -24,6 +24,7 @@ from ilr_kernels.chunks import held_bytes, rows_of
 
 from ilr_fast.activations import Activations, How, Recompute, activations, forward_bytes
 from ilr_fast.config import AgentConfig, Config, EngineConfig
+from ilr_fast.engines.step_size import LOGITS, prompt_tokens
 from ilr_fast.model_shape import ModelShape
 
 GIB = 2**30
@@ -31,8 +32,6 @@ SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a number: 4 bits, and scales that are quantized themselves
 STAGED = 2**27  # bytes of a bucket of states that is on its way to or from the host (host_states.py)
 STAGES = 3  # buckets on the device at once
-EMBEDDED_TOKENS = 1024  # prompt tokens of one step of the embedded engine
-EMBEDDED_LOGITS = 2**24  # numbers of logits that it samples from at once
 VLLM_TOKENS = 8192  # prompt tokens of one step of vLLM's
 CACHE_BLOCK = 64  # tokens that the embedded engine's cache grows by
 SPARE_TOKENS = 128  # beyond the context, for each of vLLM's requests
@@ -182,10 +181,20 @@ def _engine(agent: AgentConfig, shape: ModelShape, size: int, use: Use) -> int:
         copy = shape.count() * size if agent.engine.weights == "copy" else 0
         logits = min(slots, 1024) * vocabulary * (size + 12)
         return copy + max(forward_bytes(shape, VLLM_TOKENS, size=size), logits)
-    rows = min(slots, max(1, EMBEDDED_LOGITS // vocabulary))
-    scores = slots * shape.heads * use.context * (2 * size + 4) // max(1, shape.query // shape.key)
-    prompts = forward_bytes(shape, EMBEDDED_TOKENS + slots, size=size) + 2 * use.context * shape.query * size
-    return rows * vocabulary * (size + 16) + max(scores, prompts) + _unpacked(agent, shape, size)
+    rows = min(slots, max(1, LOGITS[use.device] // vocabulary))
+    tokens = prompt_tokens(use.device, shape.intermediate) + slots
+    prompts = forward_bytes(shape, tokens, size=size, adapters=agent.train == "lora")
+    return rows * vocabulary * (size + 16) + max(prompts, _attending(agent, shape, size, use)) + _unpacked(
+        agent, shape, size
+    )
+
+
+def _attending(agent: AgentConfig, shape: ModelShape, size: int, use: Use) -> int:
+    """One layer's attention of the embedded engine when all slots are full."""
+    slots = agent.engine.slots
+    if use.device == "cpu":
+        return slots * shape.heads * use.context * (2 * size + 4) // max(1, shape.query // shape.key)
+    return slots * use.context * (2 * shape.key * size + 5 * 8)  # keys and values gathered, and their places
 
 
 def _activations(agent: AgentConfig, shape: ModelShape, size: int, use: Use) -> Activations:

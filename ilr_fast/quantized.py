@@ -33,7 +33,8 @@ def quantize_(
         remedy = "pip install 'ilr-fast[quantized]', or remove the key"
         raise UserError("bitsandbytes is not installed", f"{where}.quantize", remedy) from None
     head = model.get_output_embeddings()
-    for path, module in list(model.named_modules()):
+    for path in [path for path, _ in model.named_modules()]:  # what is replaced is not held on to
+        module = model.get_submodule(path)
         if isinstance(module, nn.Linear) and module is not head:
             parent, _, name = path.rpartition(".")
             device = draw(module) if draw is not None else None

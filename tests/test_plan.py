@@ -76,20 +76,20 @@ def test_a_vetted_config_fits_its_card_and_has_the_table_that_it_had(path, shape
 # fmt: off
 GOLDEN: dict[str, dict[str, float]] = {
     "24gb/grpo_3b_full": {
-        "load": 6.5, "generate": 12.4, "update qwen": 18.9, "checkpoint": 6.5
+        "load": 6.5, "generate": 12.6, "update qwen": 18.9, "checkpoint": 6.5
     },
     "24gb/grpo_8b_lora": {
-        "load": 16.8, "generate": 20.8, "update llama": 20.7, "checkpoint": 16.8
+        "load": 16.8, "generate": 20.0, "update llama": 20.7, "checkpoint": 16.8
     },
     "24gb/ilr_8b_7b_lora": {
-        "load": 16.8, "generate llama": 21.0, "generate qwen": 19.8, "update llama": 19.1,
+        "load": 16.8, "generate llama": 20.7, "generate qwen": 19.9, "update llama": 19.1,
         "update qwen": 18.2, "checkpoint": 16.8
     },
     "24gb/ilr_8b_7b_qlora": {
-        "load": 13.4, "generate": 17.5, "update llama": 17.9, "update qwen": 17.2, "checkpoint": 13.4
+        "load": 13.4, "generate": 17.6, "update llama": 17.9, "update qwen": 17.2, "checkpoint": 13.4
     },
     "24gb/ilr_two_1.5b_full": {
-        "load": 6.8, "generate": 18.9, "update qwen": 16.6, "update smollm2": 15.9, "checkpoint": 6.8
+        "load": 6.8, "generate": 19.1, "update qwen": 16.6, "update smollm2": 15.9, "checkpoint": 6.8
     },
     "80gb/grpo_3b_full": {
         "load": 30.3, "generate": 31.0, "update qwen": 71.8, "checkpoint": 30.3
@@ -246,7 +246,7 @@ def test_no_sizes(text):
         parse_size(text)
 
 
-@pytest.mark.parametrize(("gib", "status"), [("22GiB", 0), ("8GiB", 2)])
+@pytest.mark.parametrize(("gib", "status"), [("22GiB", 0), ("9GiB", 2)])
 def test_the_command(tmp_path, capfd, gib, status):
     overrides = []
     for name, agent in load_config(PAIR).agents.items():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -117,6 +119,20 @@ def test_what_does_not_go_together(tmp_path, keys, match):
     agents = {name: agent(models, name, **keys) for name in ("ada", "bob")}
     with pytest.raises(UserError, match=match):
         load_config(write_config(tmp_path, models, agents=agents))
+
+
+def test_no_layer_but_the_one_that_is_drawn_is_held_in_16_bits():
+    model, alive = small_model("llama"), []
+
+    def draw(module):
+        gc.collect()
+        assert not [name for name, weight in alive if weight() is not None]
+        module.weight = torch.nn.Parameter(torch.randn(module.weight.shape))
+        alive.append((str(module), weakref.ref(module.weight)))
+        return torch.device("cpu")
+
+    quantize_(model, torch.float32, "agents.ada", draw)
+    assert len(alive) == len(shape_of(model.config).linears)
 
 
 def test_random_weights_are_drawn_layer_by_layer(folder):

@@ -38,15 +38,12 @@ from ilr_fast.engines.batching import Batcher, Request, Step
 from ilr_fast.engines.cache import CachePlan, SlotCache
 from ilr_fast.engines.mistakes import failure_of, mistake_of
 from ilr_fast.engines.sampler import sample
+from ilr_fast.engines.step_size import LOGITS, prompt_tokens
 from ilr_fast.engines.stops import Decoder, StopStrings
 from ilr_fast.types import FinishReason, Generation, Residence, Sampling
 
 # Passes of the event loop between two steps: enough for a finished turn to reach its peers and come back as requests.
 PASSES_BETWEEN_STEPS = 12
-# Rows × vocabulary in one buffer (64 MiB in float32), and prompt tokens of one step. On a GPU a step costs the launches
-# of its kernels, so that fewer and larger ones are faster; on the CPU smaller ones stay in its caches.
-LOGITS_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 25}
-TOKEN_BUDGET = {"cpu": 1024, "cuda": 8192}
 
 
 @dataclass(slots=True)
@@ -67,8 +64,8 @@ class EmbeddedEngine:
 
     `slots` requests run at once; a slot's memory grows with what it holds, up to `max_context` tokens of prompt and
     generation (default: the model's own limit). `stop_tokens` end a generation (finish "stop"): end of text and the
-    template's end of turn. `token_budget` bounds the prompt tokens of one step (default: 1,024, on a GPU 8,192); a
-    longer prompt takes several.
+    template's end of turn. `token_budget` bounds the prompt tokens of one step (default: by the model's
+    width, step_size.py); a longer prompt takes several.
     """
 
     def __init__(
@@ -82,7 +79,8 @@ class EmbeddedEngine:
         token_budget: int | None = None,
     ):
         device = next(model.parameters()).device.type
-        token_budget = TOKEN_BUDGET[device] if token_budget is None else token_budget
+        if token_budget is None:
+            token_budget = prompt_tokens(device, model.config.get_text_config().intermediate_size)  # type: ignore[operator, union-attr]
         if slots < 1 or token_budget < 1:
             raise ValueError("slots and token_budget must be at least 1")
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[operator, union-attr]
@@ -184,7 +182,7 @@ class EmbeddedEngine:
         return list(row_of), hidden_RD, list(row_of.values())
 
     def _sample(self, requests: list[Request], hidden_RD: Tensor, row_of: list[int]) -> None:
-        at_once = max(1, LOGITS_AT_ONCE[hidden_RD.device.type] // lm_head_of(self._model).weight.shape[0])
+        at_once = max(1, LOGITS[hidden_RD.device.type] // lm_head_of(self._model).weight.shape[0])
         for start in range(0, len(requests), at_once):
             part, part_rows = requests[start : start + at_once], row_of[start : start + at_once]
             with torch.inference_mode():
