@@ -54,10 +54,10 @@ VLLM = tuple(
 )
 
 CASES = {
-    "GRPO, 8B, LoRA, 8,192 tokens": Case("24gb/grpo_8b_lora.yaml", 4, 16),
-    "ILR, 8B and 7B, QLoRA": Case("24gb/ilr_8b_7b_qlora.yaml", 8, 24),
-    "ILR, 8B and 7B, LoRA, by turns": Case("24gb/ilr_8b_7b_lora.yaml", 8, 24),
+    "GRPO, 8B, LoRA, 8,192 tokens": Case("24gb/grpo_8b_lora.yaml", 2, 16),
+    "ILR, 8B and 7B, QLoRA": Case("24gb/ilr_8b_7b_qlora.yaml", 4, 24),
     "ILR, 1.5B and 1.7B, full": Case("24gb/ilr_two_1.5b_full.yaml", 8, 24),
+    "ILR, 8B and 7B, LoRA, by turns": Case("24gb/ilr_8b_7b_lora.yaml", 8, 24),
     "GRPO, 3B, full": Case("24gb/grpo_3b_full.yaml", 8, 24),
     "ILR, 1.5B and 1.7B, full, kernels of an RTX 4090": Case("24gb/ilr_two_1.5b_full.yaml", 8, 24, ada=True),
     "ILR, 8B and 7B, LoRA, by turns, vLLM, a whole run": Case(
