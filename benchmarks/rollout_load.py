@@ -25,6 +25,10 @@ LLAMA = dict(
     vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
     num_key_value_heads=8, head_dim=64, max_position_embeddings=4096, tie_word_embeddings=True,
 )  # fmt: skip
+SMOLLM2 = dict(
+    vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+    num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True,
+)  # fmt: skip
 SMALL = dict(
     vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
     num_key_value_heads=1, head_dim=32, max_position_embeddings=4096, tie_word_embeddings=True,
@@ -66,10 +70,11 @@ class Load:
 
 
 def random_model(family: str, device: str, quick: bool) -> Any:
-    """`qwen` (Qwen2 1.5B's shape) or `llama` (Llama 3.2 1B's), bfloat16 on a GPU; small where quick."""
+    """`qwen` (Qwen2 1.5B), `llama` (Llama 3.2 1B) or `smollm2` (135M): shapes, bfloat16 on a GPU; small where quick."""
     import transformers
 
-    kind, sizes = {"qwen": (transformers.Qwen2Config, QWEN), "llama": (transformers.LlamaConfig, LLAMA)}[family]
+    qwen, llama = transformers.Qwen2Config, transformers.LlamaConfig
+    kind, sizes = {"qwen": (qwen, QWEN), "llama": (llama, LLAMA), "smollm2": (llama, SMOLLM2)}[family]
     torch.manual_seed(0)
     with torch.device(device):
         dtype = torch.float32 if device == "cpu" else torch.bfloat16

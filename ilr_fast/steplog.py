@@ -59,6 +59,7 @@ def _agent(
     groups = _groups(name, credited)
     seconds = after["seconds_busy"] - before["seconds_busy"]
     generated = after["tokens_generated"] - before["tokens_generated"]
+    prompt = after["tokens_prompt"] - before["tokens_prompt"]
     turns = [turn for c in credited for turn in c.scored.dialogue.turns[name]]
     return {
         "accuracy": _accuracy(name, credited),
@@ -73,6 +74,7 @@ def _agent(
         "memory_peak_gib": after.get("memory_peak_gib"),
         "tokens_generated": int(generated),
         "tokens_per_second": generated / seconds if seconds > 0 else None,
+        "prefix_hit_rate": (after["tokens_reused"] - before["tokens_reused"]) / prompt if prompt else None,
         "validation_accuracy": None,
     }
 

@@ -9,7 +9,7 @@ WIDTHS = {64: (32, 64), 1536: (1, 2048), 4096: (1, 4096), 8192: (1, 8192)}  # to
 
 
 def layer_cases(case: Callable[..., Any], import_kernels: Callable[[str], Any]) -> Iterator[Any]:
-    """Norms of heads and of models, gated units, rotary embeddings, in bfloat16."""
+    """Norms of heads and of models, gated units, rotary embeddings, in bfloat16; sampling of float32 logits."""
     norm, gated = import_kernels("norm_kernel"), import_kernels("gated_kernel")
     rotary = import_kernels("rotary_kernel").rotary_kernel
     pointers = dict.fromkeys(("p_x", "p_weight", "p_y", "p_dy", "p_dx", "p_add", "p_sum"), "*bf16") | {
@@ -39,3 +39,9 @@ def layer_cases(case: Callable[..., Any], import_kernels: Callable[[str], Any]) 
     types |= dict.fromkeys(("p_starts", "p_places"), "*i32") | dict.fromkeys(("one_stride", "two_stride"), "i32")
     kernel = import_kernels("row_sums_kernel").row_sums_kernel
     yield case("row_sums_kernel", kernel, types, {"WIDTH": 256, "BLOCK": 256}, warps=2)
+    sampling = import_kernels("sample_kernel")
+    types = dict.fromkeys(("p_logits", "p_temperature", "p_max", "p_sum", "p_best", "p_logit", "p_logp"), "*fp32")
+    types |= dict.fromkeys(("p_seed", "p_position", "p_sampled"), "*i64") | dict.fromkeys(("p_slot", "p_token"), "*i32")
+    types |= dict.fromkeys(("stride", "V", "part_size", "parts"), "i32")
+    yield case("sample_parts_kernel", sampling.sample_parts_kernel, types, {"B": 256}, warps=4)
+    yield case("sample_whole_kernel", sampling.sample_whole_kernel, types, {"B": 64}, warps=1)

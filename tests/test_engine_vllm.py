@@ -369,7 +369,7 @@ def test_a_model_that_vllm_does_not_know_is_named_with_a_remedy() -> None:
     assert "embedded" in str(found.value) and len(str(found.value)) < 250, "not vLLM's list of all that it knows"
 
 
-def test_a_spared_allocation_changes_no_token_and_leaves_the_same_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_change_no_token_and_leave_the_same_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
     from ilr_fast.engines import vllm_core
 
     def conversation() -> tuple[list[Generation], int]:
@@ -379,8 +379,9 @@ def test_a_spared_allocation_changes_no_token_and_leaves_the_same_prefixes(monke
         longer = [[*p, *r.tokens, 3, 4] for p, r in zip(prompts, first, strict=True)]
         return [*first, *run(engine, longer, [Sampling(9, seed=4)] * 3)], engine.stats().tokens_reused
 
-    spared = conversation()
-    monkeypatch.setattr(vllm_core, "spare_slots", lambda scheduler: None)
+    rows = conversation()
+    monkeypatch.setattr(vllm_core, "rollout_scheduler", lambda base: base)
     plain = conversation()
-    assert [r.tokens for r in spared[0]] == [r.tokens for r in plain[0]]
-    assert spared[1] == plain[1] >= 3 * 64
+    for ours, theirs in zip(rows[0], plain[0], strict=True):
+        assert ours.tokens == theirs.tokens and ours.logps == pytest.approx(theirs.logps, abs=1e-5)
+    assert rows[1] == plain[1] >= 3 * 64

@@ -53,6 +53,7 @@ def test_two_agents_train_with_vllm(tmp_path: Path, models: Path, host: str) -> 
         for name in ("ada", "bob"):
             told = row["agents"][name]
             assert told["grad_norm"] > 0 and told["skipped"] is None
+            assert 0 < told["prefix_hit_rate"] < 1
             assert told["logp_diff_mean"] < 1e-5 and told["logp_diff_max"] < 1e-4, "the engine lags behind the trainer"
     assert sum(row["tokens"]["prompt_reused"] for row in rows) > 0
 

@@ -7,7 +7,7 @@ of it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Protocol
 
 HALF = "\N{REPLACEMENT CHARACTER}"
@@ -45,6 +45,16 @@ class StopStrings:
             return False
         text = self.text(tokens)
         return any(s in text for s in stop)
+
+    def first_end(
+        self, tokens: Sequence[int], known: int, stop: Sequence[str], but: Container[int]
+    ) -> int | None:
+        """How many tokens there are when a stop string is completed, beyond the first `known`, which complete none, and
+        by none of `but`; None where none is."""
+        for end in range(known + 1, len(tokens) + 1):
+            if tokens[end - 1] not in but and self.completed(tokens[:end], stop):
+                return end
+        return None
 
     def _piece(self, tokens: Sequence[int]) -> str:
         """The text of the last token. Decoded twice over, as decoders drop a space at the very beginning."""

@@ -91,6 +91,10 @@ class VllmEngine:
             self._adapter = Adapter(model, self._core.worker, where)
         float32_logits(self._core.model)
         self.kernel = trainers_kernel(model, self._core, options.exact, where)
+        if not options.exact and device.type == "cuda":
+            from ilr_fast.engines.vllm_sampler import install  # it needs Triton
+
+            install(self._core.worker.model_runner)
         self._client = self._core.client
         self._vocabulary: int = model.get_input_embeddings().weight.shape[0]
         self._stop_tokens = frozenset(stop_tokens)
@@ -112,7 +116,7 @@ class VllmEngine:
 
     def stats(self) -> EngineStats:
         """A snapshot of the counts."""
-        return replace(self._stats)
+        return replace(self._stats, tokens_generated=self._stats.tokens_generated + self._core.tokens_held())
 
     def cache_bytes(self) -> int:
         """Memory held for keys and values."""
@@ -232,7 +236,8 @@ class VllmEngine:
         stopped = []
         for output in outputs:
             request = self._requests.get(output.request_id)
-            if request is None:
+            if request is None:  # given up
+                self._stats.tokens_generated += len(output.new_token_ids)
                 continue
             if not request.tokens:
                 self._stats.tokens_reused += output.prefill_stats.num_cached_tokens if output.prefill_stats else 0
@@ -245,19 +250,21 @@ class VllmEngine:
 
     def _append(self, name: str, request: _Request, output: Any) -> bool:
         """Adds new tokens; True where the request is over before vLLM knows it."""
-        logps = output.new_logprobs.logprobs[:, 0].tolist()
-        stop = request.sampling.stop
-        for token, logp in zip(output.new_token_ids, logps, strict=True):
-            if not math.isfinite(logp):
-                self._fail([name], "the model's logits are not finite")
-                return False
-            request.tokens.append(token)
-            request.logps.append(logp)
-            self._stats.tokens_generated += 1
-            if stop and token not in self._stop_tokens and self._stops.completed(request.tokens, stop):
-                self._finish(name, "stop")
-                return True
-        return False
+        tokens, logps = output.new_token_ids, output.new_logprobs.logprobs[:, 0].tolist()
+        if not math.isfinite(sum(logps)):
+            self._fail([name], "the model's logits are not finite")
+            return False
+        before = len(request.tokens)
+        request.tokens += tokens
+        request.logps += logps
+        self._stats.tokens_generated += len(tokens)
+        if not request.sampling.stop:
+            return False
+        end = self._stops.first_end(request.tokens, before, request.sampling.stop, self._stop_tokens)
+        if end is not None:
+            del request.tokens[end:], request.logps[end:]
+            self._finish(name, "stop")
+        return end is not None
 
     def _finish(self, name: str, finish: FinishReason) -> None:
         """Hands over the result."""
@@ -290,7 +297,6 @@ class VllmEngine:
                     self._admission.leave(name)
 
     def _drain(self) -> None:
-        """Takes the results of steps that vLLM has begun already."""
-        while getattr(self._client.engine_core, "batch_queue", None):
-            self._take(self._core.step())
+        """Takes the results of steps that vLLM has begun already, without beginning another."""
+        self._take(self._core.drain())
 

@@ -10,10 +10,8 @@ imported here, on first use, and what that does to the process is undone (vllm_p
 from __future__ import annotations
 
 import copy
-import os
 import re
 import tempfile
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import metadata
@@ -25,6 +23,7 @@ from torch import nn
 
 from ilr_fast.engines.regions import Region
 from ilr_fast.engines.vllm_exact import check_exact, exact_arguments, exact_modules
+from ilr_fast.engines.vllm_fit import bytes_per_token, cache_bytes, context_of
 from ilr_fast.engines.vllm_lora import lora_arguments
 from ilr_fast.engines.vllm_memory import filling, open_regions, tensors_of
 from ilr_fast.engines.vllm_process import (
@@ -34,13 +33,12 @@ from ilr_fast.engines.vllm_process import (
     process_kept_as_it_is,
     weights_left_in_place,
 )
-from ilr_fast.engines.vllm_quick import graphs, quick_start, spare_slots
+from ilr_fast.engines.vllm_quick import graphs, quick_start
+from ilr_fast.engines.vllm_scheduler import rollout_scheduler
 from ilr_fast.errors import UserError
 
 LOWEST, BEYOND = Version("0.25.1"), Version("0.33")
-CACHE_SHARE = 0.25  # of the memory that is free, where `cache_gib` is null
 BATCH_TOKENS = 8192  # prompt tokens of one step on a GPU, as in vLLM's own `LLM`
-GIB = 2**30
 
 _open: set[int] = set()  # the cores of this process, by their client
 
@@ -82,6 +80,20 @@ class Core:
         with torch.cuda.stream(self.stream):  # None changes nothing
             return list(self.client.get_output().outputs)
 
+    def tokens_held(self) -> int:
+        """Tokens that were sampled and that no step has given their requests yet."""
+        return int(getattr(self.client.engine_core.scheduler, "held", 0))
+
+    def drain(self) -> list[Any]:
+        """What the steps that are under way gave their requests; none is begun."""
+        core, found = self.client.engine_core, []
+        while queue := core.batch_queue:
+            future, scheduled, *_ = queue.pop()
+            with torch.cuda.stream(self.stream):
+                outputs = core.scheduler.update_from_output(scheduled, future.result())
+            found += [output for client in outputs.values() for output in client.outputs]
+        return found
+
     def wake(self, *, cache: bool) -> None:
         """Takes the weights' memory again, and that of keys and values if `cache`. OutOfMemory."""
         if self.weights is not None:
@@ -121,8 +133,8 @@ def open_core(model: Any, options: CoreOptions, where: str, device: torch.device
     check_version(where)
     adapters = lora_arguments(model, where)
     model = model.get_base_model() if adapters else model
-    context = _context(model, options, where)
-    cache = _cache_bytes(model, options, context, device, where)
+    context = context_of(model, options.max_context, where)
+    cache = cache_bytes(model, options.cache_gib, options.slots, context, device, where)
     if options.exact:
         check_exact(model, device, where)
     prepare_process(pieces=options.fast_start, exact=options.exact)
@@ -134,7 +146,7 @@ def open_core(model: Any, options: CoreOptions, where: str, device: torch.device
         from vllm.v1.executor import Executor
 
         _check_device(device, current_platform.device_type, where)
-        _save_config(model, folder)
+        save_config(model, folder)
         arguments = _arguments(model, options, context, cache, device) | adapters
         arguments |= exact_arguments(model) if options.exact else {}
         modules = exact_modules() if options.exact else nullcontext()
@@ -142,6 +154,8 @@ def open_core(model: Any, options: CoreOptions, where: str, device: torch.device
         try:
             with models_inspected_here():
                 config = EngineArgs(model=folder, **arguments).create_engine_config()
+            scheduling = config.scheduler_config
+            scheduling.scheduler_cls = rollout_scheduler(scheduling.get_scheduler_cls())
             stream = _stream_of_its_own(current_platform, device)
             with weights_left_in_place(), quick_start(), torch.cuda.stream(stream), filling(regions), modules:
                 client = InprocClient(config, Executor.get_class(config), log_stats=False)
@@ -149,7 +163,6 @@ def open_core(model: Any, options: CoreOptions, where: str, device: torch.device
             raise _explained(error, model, where) from error
     if stream is not None:
         stream.synchronize()  # the weights are written from other streams next
-    spare_slots(client.engine_core.scheduler)
     _live_on(client)
     _open.add(id(client))
     worker = client.engine_core.model_executor.driver_worker
@@ -157,36 +170,34 @@ def open_core(model: Any, options: CoreOptions, where: str, device: torch.device
         regions["weights"].steady(worker.get_model().parameters())
         regions["kv_cache"].only(tensors_of(worker.model_runner.kv_caches))
     memory = regions.get("weights"), regions.get("kv_cache")
-    return Core(client, worker, worker.get_model(), context, cache, cache // _bytes_per_token(model), stream, *memory)
+    return Core(client, worker, worker.get_model(), context, cache, cache // bytes_per_token(model), stream, *memory)
 
 
-def plain_llm(model: Any, options: CoreOptions, folder: str, device: torch.device) -> tuple[Any, Callable[[int], Any]]:
-    """vLLM's own `LLM` with the settings of a core, random weights, and parameters for a forced length: a reference."""
-    from vllm import LLM, SamplingParams
+def plain_llm(model: Any, options: CoreOptions, folder: str, device: torch.device) -> Any:
+    """vLLM's own `LLM` with the settings of a core and random weights: what benchmarks refer to."""
+    from vllm import LLM
 
-    _save_config(model, folder)
-    context = _context(model, options, "bench")
-    arguments = _arguments(model, options, context, _cache_bytes(model, options, context, device, "bench"), device)
+    save_config(model, folder)
+    context = context_of(model, options.max_context, "bench")
+    cache = cache_bytes(model, options.cache_gib, options.slots, context, device, "bench")
+    arguments = _arguments(model, options, context, cache, device)
     arguments["scheduling_policy"] = "fcfs"
     with process_kept_as_it_is():
         llm = LLM(model=folder, **arguments)
     _live_on(llm.llm_engine.engine_core)
-
-    def parameters(tokens: int) -> Any:
-        return SamplingParams(max_tokens=tokens, ignore_eos=True, logprobs=0, detokenize=False)
-
-    return llm, parameters
+    return llm
 
 
 def _stream_of_its_own(platform: Any, device: torch.device) -> torch.cuda.Stream | None:
     """For all cores of a process but the first, so that their steps run beside each other on the GPU.
 
     The graphs of cores on different streams must not share memory, as vLLM's graphs of one process do, nor a workspace
-    of cuBLAS, which torch keeps for the stream that graphs are captured on.
+    of cuBLAS, which torch keeps for the stream that graphs are captured on, by default one for a process. (To clear
+    the workspaces instead would free those that the graphs there are were captured with.)
     """
     if device.type != "cuda" or not _open:
         return None
-    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.graph.default_capture_stream = None
     type(platform)._global_graph_pool = None
     return torch.cuda.Stream(device)
 
@@ -223,58 +234,11 @@ def _arguments(model: Any, options: CoreOptions, context: int, cache: int, devic
     return arguments
 
 
-def _save_config(model: Any, folder: str) -> None:
+def save_config(model: Any, folder: str) -> None:
+    """The model's config with the class that it is of, as vLLM reads it."""
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
-
-
-def _context(model: Any, options: CoreOptions, where: str) -> int:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    context = options.max_context or limit or 4096
-    if limit is not None and context > limit:
-        raise UserError(
-            f"a context of {context} tokens, where the model has {limit} positions",
-            f"{where}.engine.max_context",
-            f"use at most {limit}, or null",
-        )
-    return context
-
-
-def _cache_bytes(model: Any, options: CoreOptions, context: int, device: torch.device, where: str) -> int:
-    """Bytes for keys and values."""
-    token = _bytes_per_token(model)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_host_memory()
-    if options.cache_gib is not None:
-        cache = int(options.cache_gib * GIB)
-    else:
-        cache = min(options.slots * (context + 128) * token, int(CACHE_SHARE * free))
-    if cache < context * token:
-        raise UserError(
-            f"one request of {context} tokens takes {context * token / GIB:.3g} GiB of keys and values; "
-            f"there are {cache / GIB:.3g} GiB for them",
-            f"{where}.engine.cache_gib",
-            "raise it (null: a quarter of the free memory), or lower engine.max_context",
-        )
-    if cache > free:
-        raise UserError(
-            f"{cache / GIB:.3g} GiB of keys and values, and {free / GIB:.3g} GiB free",
-            f"{where}.engine.cache_gib",
-            "lower it, or free memory",
-        )
-    return cache
-
-
-def _bytes_per_token(model: Any) -> int:
-    """Keys and values of one token in all layers."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
-
-
-def _free_host_memory() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _check_device(device: torch.device, platform: str, where: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ilr_fast.engines.vllm_scheduler import READ
 from ilr_fast.types import Sampling
 
 SEEDS = 2**63 - 1  # vLLM's seeds are not negative
@@ -37,6 +38,7 @@ class Requests:
             ignore_eos=True,
             logprobs=0,
             detokenize=False,
+            extra_args={READ: True} if sampling.stop else None,
         )
         return self._request(name, tokens, parameters, -len(tokens))
 

@@ -1,0 +1,129 @@
+"""Two agents of different families on one GPU: both at the same time, and one after the other.
+
+    ilr-fast bench rollout_agents      # one NVIDIA GPU with vLLM; two minutes a round
+
+Models with random weights, of Qwen2's 1.5B and Llama 3.2's 1B shape, and 256 dialogues each as in `bench rollout`, all
+in flight. Twice: with a process for each agent, as under `host: process`, which then share the GPU's time (without MPS,
+so that kernels of both never run at once, but each runs while the other's host is busy); and with both engines in one
+process, driven by one event loop, the second one on a CUDA stream of its own.
+
+    python -m ilr_benchmarks.rollout_agents '{"family": "qwen", "slots": 256, …}'    # a process: runs for every line
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ilr_benchmarks.common import row
+from ilr_benchmarks.rollout_engine import error_of, options, ratio, speed, started, timed
+from ilr_benchmarks.rollout_load import TURNS, Load, talk
+
+from ilr_fast.errors import UserError
+
+TARGET = 1.1
+FAMILIES = ("qwen", "llama")
+
+
+def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> Iterator[dict[str, Any]]:
+    """Rows; a row with a status alone where vLLM is missing."""
+    from ilr_fast.engines.vllm_core import check_version
+
+    slots, rounds = 3 if quick else 256, min(rounds, 3)
+    shape = f"{'small' if quick else 'Qwen2 1.5B and Llama 1B'}, {slots} dialogues of {TURNS} turns each"
+    try:
+        check_version("bench")
+    except UserError as error:
+        yield row("both at the same time", shape, [], status=str(error).splitlines()[0])
+        return
+    given = dict(slots=slots, quick=quick, device=device)
+    processes = [_process({"family": family, **given}) for family in FAMILIES]
+    try:
+        tokens = [int(_answer(process)) for process in processes]  # when both have warmed up
+        yield from _rows("a process each", shape, rounds, tokens, *_two_processes(processes))
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    work, errors = [], []
+    for family in FAMILIES:
+        engine, model = started({}, family, options(slots, quick), quick, device)
+        work.append((engine, _load(model, slots, quick)))
+        errors.append(lambda engine=engine, model=model: error_of(engine, model))
+    for engine, load in work:
+        asyncio.run(talk(engine, load.cut(slots, 8)))
+    yield from _rows("one process", shape, rounds, tokens, *_one_process(work))
+    for family, error in zip(FAMILIES, errors, strict=True):
+        yield row(f"{family} beside the other engine", shape, [], error=error(), status="right")
+
+
+def _rows(
+    how: str, shape: str, rounds: int, tokens: list[int], alone: list[Callable[[], float]], both: Callable[[], float]
+) -> Iterator[dict[str, Any]]:
+    """Every round times each agent alone, then both."""
+    times: list[list[float]] = [[one() for one in (*alone, both)] for _ in range(rounds)]
+    columns = [list(column) for column in zip(*times, strict=True)]
+    for family, seconds, generated in zip(FAMILIES, columns, tokens, strict=False):
+        yield row(f"{family} alone, {how}", shape, seconds, **speed(seconds, generated))
+    after = [sum(seconds[:-1]) for seconds in times]
+    yield row(f"one after the other, {how}", shape, after, **speed(after, sum(tokens)))
+    yield row(f"both at the same time, {how}", shape, columns[-1], **speed(columns[-1], sum(tokens)))
+    yield from ratio(f"both beside one after the other, {how}", shape, after, columns[-1], TARGET)
+
+
+def _one_process(work: list[tuple[Any, Load]]) -> tuple[list[Callable[[], float]], Callable[[], float]]:
+    async def together() -> None:
+        await asyncio.gather(*(talk(engine, load) for engine, load in work))
+
+    alone = [lambda one=engine, its=load: timed(lambda: asyncio.run(talk(one, its)), one) for engine, load in work]
+    return alone, lambda: timed(lambda: asyncio.run(together()), *(engine for engine, _ in work))
+
+
+def _two_processes(processes: list[Any]) -> tuple[list[Callable[[], float]], Callable[[], float]]:
+    def at_once(some: list[Any]) -> float:
+        def go() -> None:
+            for process in some:
+                process.stdin.write("go\n")
+                process.stdin.flush()
+            for process in some:
+                _answer(process)
+
+        return timed(go)
+
+    return [lambda one=process: at_once([one]) for process in processes], lambda: at_once(processes)
+
+
+def _load(model: Any, slots: int, quick: bool) -> Load:
+    return Load.drawn(model.config.vocab_size, slots, slots, 12 if quick else 512)
+
+
+def _process(given: dict[str, Any]) -> Any:
+    command = [sys.executable, "-m", "ilr_benchmarks.rollout_agents", json.dumps(given)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def _answer(process: Any) -> str:
+    """What the process says next; RuntimeError where it has ended."""
+    for line in process.stdout:
+        if line.startswith("answer "):
+            return str(line.removeprefix("answer "))
+    raise RuntimeError(f"an agent's process ended with status {process.wait()}")
+
+
+def _main(given: dict[str, Any]) -> None:
+    """A process of one agent: says how many tokens it samples, then samples them for every line that it reads."""
+    settings = options(given["slots"], given["quick"])
+    engine, model = started({}, given["family"], settings, given["quick"], given["device"])
+    load = _load(model, given["slots"], given["quick"])
+    asyncio.run(talk(engine, load.cut(given["slots"], 8)))
+    print(f"answer {load.generated}", flush=True)
+    for _ in sys.stdin:
+        print(f"answer {timed(lambda: asyncio.run(talk(engine, load)), engine)}", flush=True)
+
+
+if __name__ == "__main__":
+    _main(json.loads(sys.argv[1]))

@@ -1,0 +1,92 @@
+"""Plain sampling in vLLM by one reading of the logits instead of six.
+
+For a token of softmax(logits / temperature) and its log-prob vLLM copies the logits, adds noise, looks for the largest,
+reads them twice for the log-softmax and once more for the token's rank. Requests that ask for anything else (top-k,
+penalties, …) are sampled by vLLM's own sampler; a request's tokens do not depend on whether such ones are beside it.
+
+    install(runner)          # vLLM 0.25's second model runner, on a GPU, with float32 logits
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from ilr_kernels.sample import sample
+from torch import Tensor
+
+
+def install(runner: Any) -> bool:
+    """Whether the runner's sampler is one whose parts are known here, and is replaced."""
+    sampler = getattr(runner, "sampler", None)
+    states = getattr(sampler, "sampling_states", None)
+    known = all(hasattr(states, name) for name in ("temperature", "seeds", "num_logprobs"))
+    if not known or not hasattr(sampler, "req_states") or getattr(sampler, "compute_nans", True):
+        return False
+    runner.sampler = PlainSampler(sampler, states)
+    return True
+
+
+class PlainSampler:
+    """Stands for vLLM's sampler."""
+
+    def __init__(self, sampler: Any, states: Any):
+        self._sampler, self._states = sampler, states
+        self._plain = np.zeros(states.max_num_reqs, bool)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sampler, name)
+
+    def add_request(self, place: int, prompt_tokens: int, parameters: Any) -> None:
+        """A request takes a place."""
+        self._sampler.add_request(place, prompt_tokens, parameters)
+        self._plain[place] = _is_plain(parameters)
+
+    def __call__(self, logits_NV: Tensor, batch: Any) -> Any:
+        """vLLM's output for a step's N requests."""
+        plain_N = self._plain[batch.idx_mapping_np]
+        if logits_NV.dtype != torch.float32 or len(logits_NV) != len(plain_N) or not plain_N.any():
+            return self._sampler(logits_NV, batch)
+        positions_N = batch.positions[batch.logits_indices]
+        temperature_S, seed_S = self._states.temperature.gpu, self._states.seeds.gpu
+        if plain_N.all():
+            return self._output(batch, *sample(logits_NV, batch.idx_mapping, temperature_S, seed_S, positions_N))
+        output = self._sampler(logits_NV, batch)
+        rows = torch.as_tensor(np.flatnonzero(plain_N), device=logits_NV.device)
+        places = batch.idx_mapping[rows]
+        tokens, logps = sample(logits_NV[rows], places, temperature_S, seed_S, positions_N[rows])
+        output.sampled_token_ids[rows, 0] = tokens
+        output.logprobs_tensors.logprobs[rows, 0] = logps
+        return output
+
+    def _output(self, batch: Any, tokens_N: Tensor, logp_N: Tensor) -> Any:
+        from vllm.v1.outputs import LogprobsTensors
+        from vllm.v1.worker.gpu.input_batch import get_num_sampled_and_rejected
+        from vllm.v1.worker.gpu.sample.output import SamplerOutput
+
+        sampled, rejected = get_num_sampled_and_rejected(
+            batch.seq_lens.new_ones(batch.num_reqs),
+            batch.seq_lens,
+            batch.cu_num_logits,
+            batch.idx_mapping,
+            self._sampler.req_states.prefill_len.gpu,
+        )
+        tokens_N1 = tokens_N.view(-1, 1)
+        return SamplerOutput(
+            sampled_token_ids=tokens_N1,
+            logprobs_tensors=LogprobsTensors(tokens_N1, logp_N.view(-1, 1), tokens_N),  # nobody reads the ranks
+            num_nans=None,
+            num_sampled=sampled,
+            num_rejected=rejected,
+        )
+
+
+def _is_plain(one: Any) -> bool:
+    """Whether a request is sampled from the softmax of its logits alone and wants that token's log-prob."""
+    shaped = (
+        one.top_p != 1 or one.top_k > 0 or one.min_p or one.min_tokens or one.presence_penalty or one.frequency_penalty
+    )
+    changed = one.repetition_penalty != 1 or one.logit_bias or one.allowed_token_ids or one.bad_words
+    more = one.prompt_logprobs is not None or getattr(one, "logprob_token_ids", None)
+    return one.logprobs == 0 and not shaped and not changed and not more

@@ -1,0 +1,53 @@
+"""Samples a token of every row of logits and gives its log-prob: softmax(logits / temperature), or greedy at 0.
+
+    tokens_N, logp_N = sample(logits_NV, slot_N, temperature_S, seed_S, position_N)
+
+Random numbers follow from a row's seed and position alone, not from the rows beside it. Log-probs of greedy rows are at
+temperature 1. For a GPU or Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from ilr_kernels.launch import launch
+from ilr_kernels.sample_kernel import sample_parts_kernel, sample_whole_kernel
+from torch import Tensor
+
+BLOCK = 256  # a part is a multiple of four of them
+PROGRAMS = 2048  # wanted at once
+MOST_PARTS = 64
+
+
+def sample(
+    logits_NV: Tensor, slot_N: Tensor, temperature_S: Tensor, seed_S: Tensor, position_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    """int64 tokens and float32 log-probs of N rows.
+
+    `logits_NV` float32, its rows may lie apart; `slot_N` int32 says where a row's float32 temperature and int64 seed
+    are; `position_N` int64. ValueError names what has another dtype or shape.
+    """
+    rows, vocabulary = logits_NV.shape
+    for name, tensor, dtype in (
+        ("logits_NV", logits_NV, torch.float32), ("slot_N", slot_N, torch.int32),
+        ("position_N", position_N, torch.int64), ("temperature_S", temperature_S, torch.float32),
+        ("seed_S", seed_S, torch.int64),
+    ):  # fmt: skip
+        if tensor.dtype != dtype:
+            raise ValueError(f"{name} is {tensor.dtype}, not {dtype}")
+    if slot_N.shape != (rows,) or position_N.shape != (rows,) or logits_NV.stride(1) != 1:
+        raise ValueError("slot_N and position_N have an element for every row of logits_NV, whose columns are adjacent")
+    parts = min(MOST_PARTS, triton.next_power_of_2(max(1, PROGRAMS // max(1, rows))))
+    size = -(-vocabulary // (parts * 4 * BLOCK)) * 4 * BLOCK
+    parts = -(-vocabulary // size)
+    found = torch.empty(4, rows, parts, dtype=torch.float32, device=logits_NV.device)
+    token = torch.empty(rows, parts, dtype=torch.int32, device=logits_NV.device)
+    sampled_N = torch.empty(rows, dtype=torch.int64, device=logits_NV.device)
+    logp_N = torch.empty(rows, dtype=torch.float32, device=logits_NV.device)
+    if rows == 0:
+        return sampled_N, logp_N
+    pieces = (*found.unbind(), token)
+    given = (logits_NV, slot_N, temperature_S, seed_S, position_N, *pieces, logits_NV.stride(0), vocabulary, size)
+    launch(sample_parts_kernel, (rows, parts), given, (BLOCK,), num_warps=4)
+    launch(sample_whole_kernel, (rows,), (*pieces, sampled_N, logp_N, parts), (MOST_PARTS,), num_warps=1)
+    return sampled_N, logp_N

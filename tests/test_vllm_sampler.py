@@ -1,0 +1,102 @@
+"""Which rows are sampled by one reading of the logits, and which by vLLM's sampler; the kernels are stood in for."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+pytest.importorskip("triton")
+pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
+
+LOGITS = torch.tensor([[0.0, 3.0, 1.0], [2.0, 0.0, 1.0], [0.0, 1.0, 4.0]])
+
+
+class Theirs:
+    """A sampler of vLLM's that always gives token 0."""
+
+    compute_nans = False
+
+    def __init__(self) -> None:
+        number = SimpleNamespace(gpu=torch.ones(8))
+        self.sampling_states = SimpleNamespace(temperature=number, seeds=number, num_logprobs=None, max_num_reqs=8)
+        self.req_states = SimpleNamespace(prefill_len=number)
+        self.calls = 0
+
+    def add_request(self, place: int, prompt_tokens: int, parameters: Any) -> None: ...
+
+    def __call__(self, logits_NV: torch.Tensor, batch: Any) -> Any:
+        self.calls += 1
+        rows = len(logits_NV)
+        logprobs = SimpleNamespace(logprobs=torch.zeros(rows, 1))
+        return SimpleNamespace(sampled_token_ids=torch.zeros(rows, 1, dtype=torch.long), logprobs_tensors=logprobs)
+
+
+def batch_of(places: list[int]) -> Any:
+    rows = len(places)
+    return SimpleNamespace(
+        idx_mapping_np=np.array(places), idx_mapping=torch.tensor(places), num_reqs=rows, seq_lens=torch.ones(rows),
+        positions=torch.arange(rows), logits_indices=torch.arange(rows), cu_num_logits=torch.arange(rows + 1),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def replaced(monkeypatch: pytest.MonkeyPatch) -> Any:
+    from vllm.v1.worker.gpu import input_batch
+
+    from ilr_fast.engines import vllm_sampler
+
+    monkeypatch.setattr(vllm_sampler, "sample", lambda x_NV, *_: (x_NV.argmax(-1), x_NV.log_softmax(-1).amax(-1)))
+    monkeypatch.setattr(input_batch, "get_num_sampled_and_rejected", lambda ones, *_: (ones, 0 * ones))
+    runner = SimpleNamespace(sampler=Theirs())
+    theirs = runner.sampler
+    assert vllm_sampler.install(runner)
+    return runner.sampler, theirs
+
+
+def parameters(**more: Any) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(**{"logprobs": 0, "temperature": 0.7, "seed": 3, **more})
+
+
+def test_rows_that_are_sampled_plainly(replaced: Any) -> None:
+    sampler, theirs = replaced
+    for place in (5, 2, 7):
+        sampler.add_request(place, 4, parameters())
+    output = sampler(LOGITS, batch_of([5, 2, 7]))
+    assert output.sampled_token_ids.tolist() == [[1], [0], [2]] and theirs.calls == 0
+    assert torch.equal(output.logprobs_tensors.logprobs[:, 0], LOGITS.log_softmax(-1).amax(-1))
+    sampler(LOGITS.bfloat16(), batch_of([5, 2, 7]))
+    assert theirs.calls == 1, "the kernel reads float32"
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        dict(top_k=2), dict(top_p=0.5), dict(min_p=0.1), dict(repetition_penalty=1.2), dict(presence_penalty=1.0),
+        dict(logprobs=2), dict(logprobs=None), dict(logit_bias={1: 2.0}), dict(min_tokens=3, max_tokens=9),
+        dict(prompt_logprobs=0),
+    ],
+)  # fmt: skip
+def test_others_are_vllms_and_change_nothing_beside_them(replaced: Any, more: dict[str, Any]) -> None:
+    sampler, theirs = replaced
+    for place, one in ((5, parameters()), (2, parameters()), (7, parameters(**more))):
+        sampler.add_request(place, 4, one)
+    output = sampler(LOGITS, batch_of([5, 7, 2]))
+    assert output.sampled_token_ids.tolist() == [[1], [0], [2]] and theirs.calls == 1
+    assert output.logprobs_tensors.logprobs[1, 0] == 0
+    sampler.add_request(7, 4, parameters())  # another request takes the place
+    sampler(LOGITS, batch_of([5, 7, 2]))
+    assert theirs.calls == 1
+
+
+def test_a_sampler_that_is_not_known_stays() -> None:
+    from ilr_fast.engines.vllm_sampler import install
+
+    runner = SimpleNamespace(sampler=torch.nn.Identity())
+    assert not install(runner) and isinstance(runner.sampler, torch.nn.Identity)
