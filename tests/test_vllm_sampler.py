@@ -25,7 +25,10 @@ class Theirs:
         number = SimpleNamespace(gpu=torch.ones(8))
         self.sampling_states = SimpleNamespace(temperature=number, seeds=number, num_logprobs=None, max_num_reqs=8)
         self.req_states = SimpleNamespace(prefill_len=number)
-        self.calls = 0
+        self.calls = self.told = 0
+
+    def apply_staged_writes(self) -> None:
+        self.told += 1
 
     def add_request(self, place: int, prompt_tokens: int, parameters: Any) -> None: ...
 
@@ -93,6 +96,15 @@ def test_others_are_vllms_and_change_nothing_beside_them(replaced: Any, more: di
     sampler.add_request(7, 4, parameters())  # another request takes the place
     sampler(LOGITS, batch_of([5, 7, 2]))
     assert theirs.calls == 1
+
+
+def test_the_gpu_is_told_of_new_requests_once(replaced: Any) -> None:
+    sampler, theirs = replaced
+    for added, told in ((True, 1), (False, 1), (True, 2), (False, 2)):
+        if added:
+            sampler.add_request(1, 4, parameters())
+        sampler.apply_staged_writes()
+        assert theirs.told == told
 
 
 def test_a_sampler_that_is_not_known_stays() -> None:

@@ -34,6 +34,7 @@ class PlainSampler:
     def __init__(self, sampler: Any, states: Any):
         self._sampler, self._states = sampler, states
         self._plain = np.zeros(states.max_num_reqs, bool)
+        self._changed = True  # there are requests that the GPU was not told of
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._sampler, name)
@@ -41,7 +42,13 @@ class PlainSampler:
     def add_request(self, place: int, prompt_tokens: int, parameters: Any) -> None:
         """A request takes a place."""
         self._sampler.add_request(place, prompt_tokens, parameters)
-        self._plain[place] = _is_plain(parameters)
+        self._plain[place], self._changed = _is_plain(parameters), True
+
+    def apply_staged_writes(self) -> None:
+        """Tells the GPU of new requests; vLLM copies all places' parameters at every step."""
+        if self._changed:
+            self._sampler.apply_staged_writes()
+        self._changed = False
 
     def __call__(self, logits_NV: Tensor, batch: Any) -> Any:
         """vLLM's output for a step's N requests."""
