@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -53,48 +53,48 @@ def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> Iterator[d
     load = Load.drawn(model.config.vocab_size, 2 * slots, slots, 12 if quick else 512)
     error = error_of(engine, model)
     asyncio.run(talk(engine, load.cut(slots, 8)))  # kernels are loaded and compiled
-    ours, stages, hits = [], [], []
+    ours, hits = [], []
     for _ in range(rounds):
         before = engine.stats()
         ours.append(timed(lambda: asyncio.run(talk(engine, load)), engine))
         after = engine.stats()
         hits.append((after.tokens_reused - before.tokens_reused) / (after.tokens_prompt - before.tokens_prompt))
-        if not only_ours:
-            stages.append(timed(lambda: asyncio.run(in_stages(engine, load)), engine))
     more = dict(error=error, prefix_hits=float(np.median(hits)), **speed(ours, load.generated))
     yield row("dialogues by the engine", shape, ours, **more)
-    if device == "cuda":
-        yield from _idle(engine, load, min(rounds, 2), shape)
     yield from _weights(engine, model, shape)
     yield from _start(seconds, shape)
+    if device == "cuda":
+        yield from _idle(engine, load, FULL, "", shape)
     if only_ours:
         return
+    settings, plain_rounds = options(slots, quick), min(rounds, PLAIN_ROUNDS)
+    plain = same_settings(model, settings, load, plain_rounds, device)
+    yield from _plain(plain, "same settings", load, shape, ours)
+    stages = [timed(lambda: asyncio.run(in_stages(engine, load)), engine) for _ in range(rounds)]
     yield row("by our engine, stage by stage", shape, stages, **speed(stages, load.generated))
     yield from ratio("dialogues beside our engine's stages", shape, stages, ours, TARGETS["stages"])
-    yield from _plain(model, load, min(rounds, PLAIN_ROUNDS), quick, device, shape, ours)
+    if device == "cuda":
+        yield from _idle(engine, load, LATE, ", late", shape)
+    try:
+        defaults = own_defaults("qwen", settings, load, plain_rounds, quick, device)
+    except (RuntimeError, subprocess.TimeoutExpired) as failure:
+        yield row("plain LLM.generate: its own defaults", shape, [], status=f"failed: {str(failure)[-200:]}")
+        return
+    yield from _plain(defaults.items(), "its own defaults", load, shape, ours)
 
 
 def _plain(
-    model: Any, load: Load, rounds: int, quick: bool, device: str, shape: str, ours: list[float]
+    found: Iterable[tuple[str, list[float]]], name: str, load: Load, shape: str, ours: list[float]
 ) -> Iterator[dict[str, Any]]:
-    """vLLM by itself, and ours beside it: with our settings, and with its own defaults."""
-    settings = options(load.in_flight, quick)
-    for name, run_it in (
-        ("same settings", lambda: same_settings(model, settings, load, rounds, device)),
-        ("its own defaults", lambda: own_defaults("qwen", settings, load, rounds, quick, device)),
-    ):
-        try:
-            plain = run_it()
-        except (RuntimeError, subprocess.TimeoutExpired) as error:
-            yield row(f"plain LLM.generate: {name}", shape, [], status=f"failed: {str(error)[-200:]}")
+    """vLLM by itself, and ours beside it."""
+    how = {"one_call": "one call", "stages": "stages", "no_logps": "one call, no log-probs"}
+    for key, seconds in found:
+        if key == "start":
+            yield row(f"start: plain LLM, {name}", shape, seconds)
             continue
-        for key, how in (("one_call", "one call"), ("stages", "stages"), ("no_logps", "one call, no log-probs")):
-            if key in plain:
-                yield row(f"plain LLM.generate, {how}: {name}", shape, plain[key], **speed(plain[key], load.generated))
-        yield from ratio(f"dialogues beside one call: {name}", shape, plain["one_call"], ours, TARGETS["plain"])
-        yield from ratio(f"dialogues beside stages: {name}", shape, plain["stages"], ours, TARGETS["stages"])
-        if "start" in plain:
-            yield row(f"start: plain LLM, {name}", shape, plain["start"])
+        yield row(f"plain LLM.generate, {how[key]}: {name}", shape, seconds, **speed(seconds, load.generated))
+        target = TARGETS["stages" if key == "stages" else "plain"]
+        yield from ratio(f"dialogues beside {how[key]}: {name}", shape, seconds, ours, target)
 
 
 def _start(seconds: dict[str, float], shape: str) -> Iterator[dict[str, Any]]:
@@ -121,24 +121,21 @@ def _weights(engine: Any, model: Any, shape: str) -> Iterator[dict[str, Any]]:
     )
 
 
-def _idle(engine: Any, load: Load, rounds: int, shape: str) -> Iterator[dict[str, Any]]:
-    """The GPU's idle share while all slots are in use and later, and what the host did in a step and in the gaps."""
-    for when, first in (("", FULL), (", late", LATE)):
-        found = [measured(engine, load, first) for _ in range(rounds)]
-        share = float(np.median([one.share for one in found]))
-        yield row(
-            f"idle share of the GPU while dialogues run{when}",
-            shape,
-            [],
-            share=share,
-            share_profiled=float(np.median([one.profiled for one in found])),
-            met=share <= TARGETS["idle"],
-            target=f"≤ {TARGETS['idle']}",
-            status=f"{share:.3f}",
-        )
-        last = found[-1]
-        more = dict(kernels_ms=last.busy, host_ms=last.host, idle_ms=last.gaps)
-        yield row(f"a step{when}", shape, [one.step / 1e3 for one in found], **more)
+def _idle(engine: Any, load: Load, first: int, when: str, shape: str) -> Iterator[dict[str, Any]]:
+    """The GPU's idle share after `first` steps, and what the host did in a step and while the GPU had nothing to do."""
+    found = measured(engine, load, first)
+    yield row(
+        f"idle share of the GPU while dialogues run{when}",
+        shape,
+        [],
+        share=found.share,
+        share_profiled=found.profiled,
+        met=found.share <= TARGETS["idle"],
+        target=f"≤ {TARGETS['idle']}",
+        status=f"{found.share:.3f}",
+    )
+    more = dict(kernels_ms=found.busy, host_ms=found.host, idle_ms=found.gaps)
+    yield row(f"a step{when}", shape, [found.step / 1e3], **more)
 
 
 def _update(engine: Any, model: Any) -> None:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -29,17 +29,19 @@ from ilr_fast.engines.vllm_fit import GIB
 TIMEOUT = 300  # seconds of the process, its start included
 
 
-def same_settings(model: Any, options: CoreOptions, load: Load, rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of vLLM with the settings of our engine, in this process: `one_call` and `stages`."""
+def same_settings(
+    model: Any, options: CoreOptions, load: Load, rounds: int, device: str
+) -> Iterator[tuple[str, list[float]]]:
+    """Seconds of vLLM with the settings of our engine, in this process: of `one_call`, then of `stages`."""
     with tempfile.TemporaryDirectory() as folder:
         llm = plain_llm(model, options, folder, torch.device(device))
-        return _seconds(llm, load, rounds)
+        yield from _seconds(llm, load, rounds)
 
 
 def own_defaults(
     family: str, options: CoreOptions, load: Load, rounds: int, quick: bool, device: str
 ) -> dict[str, list[float]]:
-    """The same with vLLM's own defaults, `no_logps` without log-probs, and its `start`. RuntimeError if it fails."""
+    """The same with vLLM's own defaults, `no_logps` in one call, and its `start`. RuntimeError if it fails."""
     given = dict(
         family=family, slots=options.slots, context=options.max_context, cache_gib=options.cache_gib, rounds=rounds,
         quick=quick, device=device, dialogues=len(load.prompts), most=int(load.lengths.max()),
@@ -54,7 +56,7 @@ def own_defaults(
     return found
 
 
-def _seconds(llm: Any, load: Load, rounds: int) -> dict[str, list[float]]:
+def _seconds(llm: Any, load: Load, rounds: int) -> Iterator[tuple[str, list[float]]]:
     """After a call that loads kernels: every round with an empty prefix cache."""
 
     def fresh(work: Callable[[], Any]) -> float:
@@ -62,10 +64,8 @@ def _seconds(llm: Any, load: Load, rounds: int) -> dict[str, list[float]]:
         return timed(work)
 
     _in_one_call(llm, load.cut(load.in_flight, 8), 0)
-    return {
-        "one_call": [fresh(lambda: _in_one_call(llm, load, 0)) for _ in range(rounds)],
-        "stages": [fresh(lambda: _in_stages(llm, load)) for _ in range(rounds)],
-    }
+    yield "one_call", [fresh(lambda: _in_one_call(llm, load, 0)) for _ in range(rounds)]
+    yield "stages", [fresh(lambda: _in_stages(llm, load)) for _ in range(rounds)]
 
 
 def _in_one_call(llm: Any, load: Load, logprobs: int | None) -> None:
@@ -119,7 +119,7 @@ def _main(given: dict[str, Any]) -> None:
         )
         started = time.perf_counter() - start
         load = Load.drawn(model.config.vocab_size, given["dialogues"], given["slots"], given["most"])
-        found = {"start": [started], **_seconds(llm, load, given["rounds"])}
+        found = {"start": [started], **dict(_seconds(llm, load, given["rounds"]))}
         llm.reset_prefix_cache()
         found["no_logps"] = [timed(lambda: _in_one_call(llm, load, None))]
     print(f"\n{json.dumps(found)}", flush=True)
