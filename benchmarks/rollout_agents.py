@@ -3,9 +3,9 @@
     ilr-fast bench rollout_agents      # one NVIDIA GPU with vLLM; two minutes a round
 
 Models with random weights, of Qwen2's 1.5B and Llama 3.2's 1B shape, and 256 dialogues each as in `bench rollout`, all
-in flight. Twice: with a process for each agent, as under `host: process`, which then share the GPU's time (without MPS,
-so that kernels of both never run at once, but each runs while the other's host is busy); and with both engines in one
-process, driven by one event loop, the second one on a CUDA stream of its own.
+in flight. Twice: with both engines in one process, driven by one event loop, the second one on a CUDA stream of its own;
+and with a process for each agent, as under `host: process`, which then share the GPU's time (without MPS, so that
+kernels of both never run at once, but each runs while the other's host is busy).
 
     python -m ilr_benchmarks.rollout_agents '{"family": "qwen", "slots": 256, …}'    # a process: runs for every line
 """
@@ -40,15 +40,6 @@ def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> Iterator[d
     except UserError as error:
         yield row("both at the same time", shape, [], status=str(error).splitlines()[0])
         return
-    given = dict(slots=slots, quick=quick, device=device)
-    processes = [_process({"family": family, **given}) for family in FAMILIES]
-    try:
-        tokens = [int(_answer(process)) for process in processes]  # when both have warmed up
-        yield from _rows("a process each", shape, rounds, tokens, *_two_processes(processes))
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
     work, errors = [], []
     for family in FAMILIES:
         engine, model = started({}, family, options(slots, quick), quick, device)
@@ -56,9 +47,20 @@ def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> Iterator[d
         errors.append(lambda engine=engine, model=model: error_of(engine, model))
     for engine, load in work:
         asyncio.run(talk(engine, load.cut(slots, 8)))
+    tokens = [load.generated for _, load in work]
     yield from _rows("one process", shape, rounds, tokens, *_one_process(work))
     for family, error in zip(FAMILIES, errors, strict=True):
         yield row(f"{family} beside the other engine", shape, [], error=error(), status="right")
+    given = dict(slots=slots, quick=quick, device=device)
+    processes = [_process({"family": family, **given}) for family in FAMILIES]
+    try:
+        for process in processes:
+            _answer(process)  # both have warmed up
+        yield from _rows("a process each", shape, rounds, tokens, *_two_processes(processes))
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def _rows(
@@ -115,12 +117,12 @@ def _answer(process: Any) -> str:
 
 
 def _main(given: dict[str, Any]) -> None:
-    """A process of one agent: says how many tokens it samples, then samples them for every line that it reads."""
+    """A process of one agent: says that it is ready, then runs its dialogues for every line that it reads."""
     settings = options(given["slots"], given["quick"])
     engine, model = started({}, given["family"], settings, given["quick"], given["device"])
     load = _load(model, given["slots"], given["quick"])
     asyncio.run(talk(engine, load.cut(given["slots"], 8)))
-    print(f"answer {load.generated}", flush=True)
+    print("answer ready", flush=True)
     for _ in sys.stdin:
         print(f"answer {timed(lambda: asyncio.run(talk(engine, load)), engine)}", flush=True)
 
