@@ -155,7 +155,7 @@ class DataConfig:
 class PromptConfig:
     """What agents are told. The texts stand in one file of templates."""
 
-    file: str = key("default", "The prompts: built in (`default`, `short`, `steps`, `worked`), or a path to a YAML file.")
+    file: str = key("default", "The prompts: built in (`default`, `short`, `steps`, `worked`) or a YAML file.")
     examples: int = key(0, "Worked examples shown before the question, from the training questions.", low=0)
 
 
