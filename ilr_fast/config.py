@@ -71,7 +71,7 @@ class EngineConfig:
         None, "vllm: tokens of prompts and generations that run at once; null: what the cache holds.", low=1
     )
     exact: bool = key(
-        False, "vllm: its batch-invariant kernels, in the trainer too: log-probs agree bit for bit (docs/engines.md)."
+        False, "vllm: kernels whose bits no batch changes, in both: log-probs agree bit for bit (docs/engines.md)."
     )
     fast_start: bool = key(True, "vllm: no compilation and few CUDA graphs; false: slower to start, faster after.")
     sleep: Literal["auto", "never", "cache", "turns"] = key(

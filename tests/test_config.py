@@ -113,6 +113,8 @@ def test_out_of_range_names_the_range(write, text, where, remedy):
         (["agents.gemma.engine={name: vllm, exact: true, weights: copy}"], "agents.gemma.engine.weights", "on a copy"),
         (["agents.gemma.engine={name: vllm, exact: true}", "agents.gemma.train=lora"],
          "agents.gemma.train", "with adapters"),
+        (["agents.gemma.engine={name: vllm, exact: true}", "agents.gemma.fused_layers=off"],
+         "agents.gemma.fused_layers", "without fused layers"),
         (["agents.gemma.engine={name: vllm, exact: true}", "agents.gemma.device=cpu"],
          "agents.gemma.engine.exact", "on the CPU"),
         (["agents.gemma.engine={name: vllm, exact: true}", "agents.gemma.dtype=float32"],
