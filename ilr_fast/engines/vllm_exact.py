@@ -2,8 +2,8 @@
 
 Its batch-invariant mode gives attention in one split. Everything else is what the trainer's fused layers compute with:
 norms with the residual added, RoPE and the gated unit by this project's kernels, products by cuBLAS, which is told not
-to split sums. (vLLM's mode has products of its own, in Triton, several times as slow where few rows are multiplied, and
-puts slower operators in the place of torch's for the whole process: neither is used.) For heads of other widths than
+to split sums. (vLLM's mode has slower products of its own, in Triton, and puts operators in the place of torch's for
+the whole process: neither is used.) For heads of other widths than
 128 and 256 attention is vLLM's Triton kernel.
 
     with exact_modules():
