@@ -112,6 +112,8 @@ def test_an_engine_with_the_trainers_modules_samples_from_the_same(
 
 
 def test_the_engines_log_probs_are_linear_logprobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.outputs import LogprobsTensors
+
     draw = torch.Generator().manual_seed(1)
     hidden_ND, weight_VD = torch.randn(5, 16, generator=draw), torch.randn(33, 16, generator=draw)
     tokens_N, temperatures_N = torch.tensor([3, 32, 0, 7, 7]), np.array([0.7, 1, 0, 0.7, 0], dtype=np.float32)
@@ -123,7 +125,7 @@ def test_the_engines_log_probs_are_linear_logprobs(monkeypatch: pytest.MonkeyPat
         sampling_states = SimpleNamespace(temperature=SimpleNamespace(np=temperatures_N[[4, 3, 2, 1, 0]]))
 
         def __call__(self, logits_NV: Tensor, batch: Any) -> Any:
-            given = vllm_exact._room_for_logps(logits_NV, 0, tokens_N)
+            given = LogprobsTensors(tokens_N[:, None], torch.zeros(5, 1), torch.zeros(5))
             return SimpleNamespace(sampled_token_ids=tokens_N[:, None], logprobs_tensors=given)
 
     runner = SimpleNamespace(sampler=Sampler())

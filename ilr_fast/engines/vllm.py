@@ -90,11 +90,11 @@ class VllmEngine:
         if hasattr(model, "peft_config"):
             self._adapter = Adapter(model, self._core.worker, where)
         float32_logits(self._core.model)
-        self.kernel = trainers_kernel(model, self._core, options.exact, where)
-        if not options.exact and device.type == "cuda":
+        if device.type == "cuda":
             from ilr_fast.engines.vllm_sampler import install  # it needs Triton
 
             install(self._core.worker.model_runner)
+        self.kernel = trainers_kernel(model, self._core, options.exact, where)
         self._client = self._core.client
         self._vocabulary: int = model.get_input_embeddings().weight.shape[0]
         self._stop_tokens = frozenset(stop_tokens)

@@ -3,8 +3,7 @@
 Its batch-invariant mode gives attention in one split. Everything else is what the trainer's fused layers compute with:
 norms with the residual added, RoPE and the gated unit by this project's kernels, products by cuBLAS, which is told not
 to split sums. (vLLM's mode has slower products of its own, in Triton, and puts operators in the place of torch's for
-the whole process: neither is used.) For heads of other widths than
-128 and 256 attention is vLLM's Triton kernel.
+the whole process: neither is used.) For heads of other widths than 128 and 256 attention is vLLM's Triton kernel.
 
     with exact_modules():
         client = InprocClient(…)
@@ -62,13 +61,11 @@ def exact_arguments(model: Any) -> dict[str, Any]:
 def exact_modules() -> Iterator[None]:
     """While a core is opened: its model's modules are exact before anything of it is captured."""
     from vllm.model_executor.layers import batch_invariant, linear, vocab_parallel_embedding
-    from vllm.v1.worker.gpu.sample import sampler
     from vllm.v1.worker.gpu_worker import Worker
 
     load_model = Worker.load_model
     linear.linear_batch_invariant = vocab_parallel_embedding.linear_batch_invariant = F.linear
     batch_invariant.enable_batch_invariant_mode = _whole_sums
-    sampler.compute_topk_logprobs = _room_for_logps
 
     def loaded(worker: Any, *arguments: Any, **named: Any) -> None:
         load_model(worker, *arguments, **named)
@@ -104,15 +101,6 @@ def _rotary(module: Any, positions: Tensor, query: Tensor, key: Tensor) -> tuple
     table_PD = module._match_cos_sin_cache_dtype(query)
     rotate_by_table(*(x.unflatten(-1, (-1, module.head_size)) for x in (query, key)), table_PD, positions)
     return query, key
-
-
-def _room_for_logps(logits_NV: Tensor, number: int, sampled_N: Tensor, *_: Any, **__: Any) -> Any:
-    """In place of log-probs and ranks of sampled tokens, which nobody reads: the trainer's come there."""
-    from vllm.v1.outputs import LogprobsTensors
-
-    assert number == 0, "requests ask for the sampled tokens' log-probs alone"
-    logp_N1 = logits_NV.new_empty(len(logits_NV), 1, dtype=torch.float32)
-    return LogprobsTensors(sampled_N[:, None], logp_N1, torch.zeros_like(sampled_N))
 
 
 def _whole_sums() -> None:
