@@ -234,9 +234,10 @@ def rows(name: str, step: int) -> list[dict]:
 @pytest.mark.data
 @pytest.mark.skipif("ILR_DATA" not in os.environ, reason="ILR_DATA names no folder of data sets")
 @pytest.mark.parametrize(("name", "step"), [("math500_test", 5), ("minerva_math", 5), ("olympiadbench", 9)])
-def test_answers_of_the_data_equal_themselves(grader: Grader, name: str, step: int):
-    for row in rows(name, step):
-        assert grader._ask(row["answer"], row["answer"]).correct, row["id"]  # type: ignore[attr-defined]
+def test_answers_of_the_data_equal_themselves(name: str, step: int):
+    with make_grader("math") as grader:  # with its usual patience: a busy machine is no wrong answer
+        for row in rows(name, step):
+            assert grader._ask(row["answer"], row["answer"]).correct, row["id"]  # type: ignore[attr-defined]
 
 
 @pytest.mark.data
