@@ -5,22 +5,26 @@
 Every agent of the config learns the answers in the form of `prompts.worked`, after the very prompt of the run (worked
 examples included), from the first so many training questions; runs/easy-start/<agent> is then a model like any other.
 It is the trainer's own update: the policy gradient on-policy of a text with advantage 1 is that of its cross-entropy,
-so learning rate, precision and batches are the config's. Questions without a written solution are passed over. An
+so learning rate, precision and batches are the config's. What else the config's loss says (importance weights, KL,
+several updates) is left out: nobody sampled these texts. Questions without a written solution are passed over. An
 experiment that begins so has to say so.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ilr_fast.agent import Agent
 from ilr_fast.chat import ChatFormat
+from ilr_fast.config import LossConfig
 from ilr_fast.config_parse import load_config
-from ilr_fast.errors import UserError
+from ilr_fast.errors import RunError, UserError
 from ilr_fast.protocols.templates import load_prompts
 from ilr_fast.session import Ready, prepare
 from ilr_fast.types import Question, TrainingSequence, TrainingTurn
@@ -35,10 +39,12 @@ def warm_start(ready: Ready, folder: Path, *, passes: int, examples: int | None,
     questions = [question for question in ready.splits["train"] if question.solution][:examples]
     if not questions:
         raise UserError("no training question has a written solution", "data.train", "use another set")
+    steps = passes * math.ceil(len(questions) / batch)
+    plain = replace(config, steps=steps, loss=LossConfig(aggregation=config.loss.aggregation))
     for name, agent in config.agents.items():
         if agent.train == "none":
             continue
-        learner = Agent(name, agent, config, ready.chats[name].tokenizer)
+        learner = Agent(name, agent, plain, ready.chats[name].tokenizer)
         sequences = demonstrations(ready, ready.chats[name], questions)
         draw = random.Random(config.seed)
         step = 0
@@ -74,22 +80,28 @@ def answer_tokens(chat: ChatFormat, text: str) -> list[int]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; 2 for the user's mistakes."""
+    """The command; 2 for the user's mistakes, 1 where it failed."""
     parser = argparse.ArgumentParser(description="A short supervised start on worked solutions.")
     parser.add_argument("config")
     parser.add_argument("folder", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--passes", type=int, default=1)
-    parser.add_argument("--examples", type=int, help="the first so many training questions; default: all")
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--passes", type=_count, default=1)
+    parser.add_argument("--examples", type=_count, help="the first so many training questions; default: all")
+    parser.add_argument("--batch", type=_count, default=32)
     given = parser.parse_intermixed_args(arguments)
     try:
         ready = prepare(load_config(given.config, given.overrides))
         warm_start(ready, given.folder, passes=given.passes, examples=given.examples, batch=given.batch)
-    except UserError as error:
+    except (UserError, RunError) as error:
         print(error, file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UserError) else 1
     return 0
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
 
 
 if __name__ == "__main__":

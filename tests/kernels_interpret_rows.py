@@ -43,8 +43,6 @@ def main() -> int:
     return 0
 
 
-
-
 def launched(dtype: torch.dtype, loss: PolicyLoss) -> Seen:
     """What is launched for every number of rows."""
     seen: Seen = defaultdict(set)

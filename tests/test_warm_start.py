@@ -41,6 +41,22 @@ def test_the_answers_become_likelier_and_the_models_load(models, tmp_path):
         assert last.strip() in ("", "<|im_end|>"), "the end of the turn is learned too"
 
 
+def test_only_the_texts_are_learned_whatever_the_loss_of_the_run(models, tmp_path):
+    file, train = config_with(models, tmp_path, lambda n: f"{n} + 1")
+    kinds = {"plain": [], "other": ["loss.importance=token", "loss.minibatches=2", "loss.old_logps=engine"]}
+    for kind, keys in kinds.items():
+        assert main([str(file), str(tmp_path / kind), train, *keys, "agents.bob.train=none"]) == 0
+    plain, other = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / kind / "ada") for kind in kinds)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("given", [("--batch", "0"), ("--passes", "-1"), ("--examples", "few")])
+def test_numbers_are_looked_at_before_anything_is_loaded(given, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["none.yaml", "start", *given])
+    assert ended.value.code == 2 and "at least 1" in capsys.readouterr().err
+
+
 def test_no_written_solution_is_said(models, tmp_path, capsys):
     file, train = config_with(models, tmp_path, lambda n: None)
     assert main([str(file), str(tmp_path / "start"), train]) == 2
