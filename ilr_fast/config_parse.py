@@ -99,8 +99,7 @@ def _override(tree: dict, text: str) -> None:
             below = {"default": below}  # `max_tokens: 8` is short for it
         if not isinstance(below, dict):
             raise UserError(f"the file has {below!r} for {part}, not keys", where, "mend the file")
-        node[part] = below
-        node = below
+        node[part] = node = dict(below)  # an alias (`engine: *engine`) stays what it is for the others
     node[parts[-1]] = parsed
 
 

@@ -194,6 +194,16 @@ def test_files_that_cannot_be_read(tmp_path):
     assert "UTF-8" in refused(tmp_path / "binary").what
 
 
+def test_an_override_leaves_an_alias_what_it_was(write):
+    text = """
+agents: {a: {model: m, engine: &e {slots: 4, max_context: 8192}}, b: {model: n, engine: *e}}
+data: {train: t, validation: t, test: t}
+"""
+    agents = load_config(write(text), ["agents.b.engine.slots=9"]).agents
+    assert [agents[name].engine.slots for name in "ab"] == [4, 9]
+    assert [agents[name].engine.max_context for name in "ab"] == [8192, 8192]
+
+
 def test_overrides(write):
     path = write(GOOD)
     config = load_config(path, ["steps=20", "beta=0.1", "agents.smollm2-1.7b.optimizer.lr=1e-5", "kl=k3", "rounds=3",
