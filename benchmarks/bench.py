@@ -19,7 +19,8 @@ from ilr_fast.errors import RunError, UserError, nearest
 GPU = ("lm_head", "lm_head_shapes", "lm_head_sweep", "advantage", "adamw", "rollout", "rollout_agents", "rollout_small",
        "sleep", "train_step", "step", "step_agents", "exactness", "memory", "memory_layers")
 CPU = ("lm_head_cpu",)
-NAMED = ("graders", "curve", "comlrl", "comlrl_cpu", "rollout_host")  # they need data sets, models, other libraries
+# Only where named: they need data sets, models, other libraries.
+NAMED = ("graders", "curve", "comlrl", "comlrl_cpu", "trl_step", "rollout_host")
 ON_CPU = (*CPU, "graders", "comlrl_cpu", "rollout_host")
 FIGURES, DRAWN = "figures", ("lm_head_sweep", "curve")
 

@@ -9,30 +9,24 @@ above 3), vLLM in the process on the same weights. Rows:
     GRPO, 512 tokens each      a step of steady state, its parts, MFU of its training part, the card's memory by NVML
     GRPO, ragged lengths       log-normal, mean 300, at most 2,048, others in every step; time a token, tokens a slot
     overhead                   what is neither generation nor training, as a share of the step
-    TRL                        the same work by GRPOTrainer with the best of some settings (`step_trl.py`)
+    TRL                        the same work by GRPOTrainer with the best of some settings (`trl_step.py`)
 
 MFU counts what `train_step.work` does. Every run is a process of its own; rows come as they are made.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import tempfile
 from collections.abc import Iterator, Mapping
 from statistics import median
 from typing import Any
 
 from ilr_benchmarks.common import row
-from ilr_benchmarks.step_runs import QWEN, SMALL, Lines, asked, failed, memory, overhead, parts, run_case, total
+from ilr_benchmarks.step_runs import FULL, QWEN, SMALL, Lines, asked, failed, memory, overhead, parts, run_case, total
+from ilr_benchmarks.trl_step import trl_rows
 
 SECONDS, MFU, MEMORY, OVERHEAD, RAGGED, PACKED, TRL = 15.0, 0.45, 24.0, 0.03, 1.05, 0.97, 2.0  # targets
-FULL = {"questions": 32, "samples": 16, "forced": 512, "mean": 300, "most": 2048}
 CACHE_GIB = 8.75  # 512 sequences of 593 tokens take 8.1
-SETTINGS: list[dict[str, Any]] = [  # TRL's; Liger changes the model for good and comes last
-    {"micro_batch": 16, "checkpointing": False},
-    {"micro_batch": 32, "checkpointing": True},
-    {"micro_batch": 16, "checkpointing": False, "liger": True},
-]
 
 
 def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> Iterator[dict[str, Any]]:
@@ -47,7 +41,7 @@ def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> Iterator[d
         ours = run_case("step_case", told)
         yield from _grpo(ours, load)
         if not only_ours:
-            yield from _trl(ours, load, quick, f"{folder}/trl")
+            yield from _trl(ours, load, quick)
 
 
 def _shape(load: Mapping[str, int]) -> str:
@@ -96,28 +90,13 @@ def _a_token(step: Mapping[str, Any]) -> float:
     return 1e6 * step["seconds"]["train"] / step["work"]["distinct_tokens"]
 
 
-def _trl(ours: Lines, load: Mapping[str, int], quick: bool, folder: str) -> Iterator[dict[str, Any]]:
+def _trl(ours: Lines, load: Mapping[str, int], quick: bool) -> Iterator[dict[str, Any]]:
     """TRL's rows, by setting; then its best beside ours."""
-    if importlib.util.find_spec("trl") is None:
-        yield row("TRL", _shape(load), [], status="trl is not installed")
-        return
-    settings = [{**s, "micro_batch": 3} for s in SETTINGS[:2]] if quick else SETTINGS
-    told = {"shape": QWEN, "settings": settings, **load, "steps": 2, "quick": quick, "context": 1024, "folder": folder}
-    lines = run_case("step_trl", told)
-    best: list[float] = []
-    for setting in settings:
-        name = "TRL, " + ", ".join(f"{key} {value}" for key, value in setting.items())
-        own = [line for line in lines if line.get("setting") == setting]
-        steps = [line for line in own if "step" in line]
-        if len(steps) < 2:
-            yield row(name, _shape(load), [], status=failed(own) or failed(lines) or "no step")
-            continue
-        seconds = [s["seconds"] for s in steps[1:]]
-        best = min(best or seconds, seconds, key=median)
-        logs = [line["logs"] for line in own if "logs" in line][-1:]
-        yield row(name, _shape(load), seconds, first_ms=1e3 * steps[0]["seconds"], memory_gib=memory(steps), logs=logs)
+    theirs = list(trl_rows(load, quick))
+    yield from theirs
+    best = min((found["ms"] for found in theirs if found["ms"] is not None), default=None)
     mine = [total(line) for line in ours if line.get("kind") == "forced"][1:]
     if best and mine:
-        times = median(best) / median(mine)
-        yield row("GRPO beside TRL's best", _shape(load), mine, limit_seconds=median(best), times=times,
+        times = best / 1e3 / median(mine)
+        yield row("GRPO beside TRL's best", _shape(load), mine, limit_seconds=best / 1e3, times=times,
                   met=times >= TRL, target=f"{times:.2f} times as fast, wanted ≥ {TRL:g}")  # fmt: skip

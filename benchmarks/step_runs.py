@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 QWEN, LLAMA = "Qwen/Qwen2.5-1.5B-Instruct", "meta-llama/Llama-3.2-1B-Instruct"
+FULL = {"questions": 32, "samples": 16, "forced": 512, "mean": 300, "most": 2048}
 SMALL = {"questions": 2, "samples": 3, "forced": 12, "mean": 8, "most": 40}
 OPTIMIZER = {"lr": 1e-6, "rounding": "stochastic", "moments": "bfloat16"}
 Lines = Sequence[Mapping[str, Any]]

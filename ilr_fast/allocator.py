@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -51,4 +52,6 @@ def _let_segments_grow(grow: bool) -> None:
     import torch
 
     if torch.cuda.is_available() and hasattr(torch.cuda.memory, "_set_allocator_settings"):
-        torch.cuda.memory._set_allocator_settings(f"expandable_segments:{grow}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the name that replaces it differs from torch to torch
+            torch.cuda.memory._set_allocator_settings(f"expandable_segments:{grow}")

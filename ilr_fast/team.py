@@ -35,6 +35,7 @@ class Team:
     hosts: Mapping[str, Host]
     seats: Mapping[str, Seat]
     residencies: Sequence[Residency] = ()
+    stays: bool = False  # all weights are in this process, and nothing but an update moves or changes them
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -117,7 +118,8 @@ def open_team(
                     hosts[name].reside("away")
             wait_until_ready([process for name, process in apart.items() if name not in turns], advance)
         residencies, present = _residencies(config, hosts, away)
-        yield Team(present, {name: Seat(host, chats[name]) for name, host in present.items()}, residencies)
+        seats = {name: Seat(host, chats[name]) for name, host in present.items()}
+        yield Team(present, seats, residencies, stays=not apart and not turns)
 
 
 def leaving(config: Config) -> set[str]:

@@ -15,9 +15,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ilr_fast.background import Background
 from ilr_fast.checkpoint import newest_good, save
 from ilr_fast.config import Config, calibration_is_noop
 from ilr_fast.credit import credit, has_gradient, training_sequences
@@ -99,6 +101,7 @@ class _Steps:
         self.failures = Failures(session.folder.path / "failures.jsonl", self.config.max_failed_share)
         self.done = self.saved = start
         self.whole = True  # False while some agents are updated and others not
+        self.saving = Background("checkpoint")
         self.row: dict[str, Any] = {}
         self.warned: set[str] = set()
 
@@ -107,12 +110,16 @@ class _Steps:
         try:
             for step in range(self.done + 1, self.config.steps + 1):
                 self.step(step)
+            self.saving.wait()
         except HostLost:
             raise
         except (KeyboardInterrupt, RunError):
             with self.interrupt.held():
                 self.checkpoint(score=None)
+                self.saving.wait()
             raise
+        finally:
+            self.saving.close()
 
     def step(self, step: int) -> None:
         """One rollout, one update of every agent, one row. All agents are updated, or none."""
@@ -124,6 +131,9 @@ class _Steps:
         questions = self.stream.questions_at(step, settings.questions + settings.refill)
         rollout = roll_out(session, self.interactions, questions, step, timer)
         after = {name: host.stats() for name, host in session.team.hosts.items()}
+        if self.saving.busy:
+            with timer("checkpoint"):
+                self.saving.wait()  # weights must not change while they are written
         with self.interrupt.held():
             self.whole = False
             results = update(session, rollout.credited, step, timer)
@@ -167,12 +177,17 @@ class _Steps:
             self.session.progress.step(self.row)
 
     def checkpoint(self, score: float | None) -> None:
-        """Saves the last whole step, once, unless an update was cut off in its middle."""
-        if self.whole and self.done > self.saved:
-            state = {"fingerprint": self.session.folder.fingerprint, "row": complete(self.row)}
-            save(self.session.folder.checkpoints, self.done, self.session.team.hosts, state,
-                 keep=self.config.checkpoint.keep, score=score)
-            self.saved = self.done
+        """Saves the last whole step, once, unless an update was cut off in its middle; where nothing moves the weights
+        meanwhile, in a thread beside the next step's dialogues."""
+        if not self.whole or self.done == self.saved:
+            return
+        state = {"fingerprint": self.session.folder.fingerprint, "row": complete(self.row)}
+        write = partial(save, self.session.folder.checkpoints, self.done, self.session.team.hosts, state,
+                        keep=self.config.checkpoint.keep, score=score)
+        self.saving.start(write)
+        if not self.session.team.stays:
+            self.saving.wait()
+        self.saved = self.done
 
 
 def roll_out(

@@ -1,0 +1,47 @@
+"""TRL's GRPO step by itself: the rows that `bench step` sets beside ours (`step_trl.py` is what runs).
+
+    ilr-fast bench trl_step --rounds 1        # one NVIDIA GPU with vLLM and TRL 1.16; the first so many settings
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ilr_benchmarks.common import row
+from ilr_benchmarks.step_runs import FULL, QWEN, SMALL, failed, memory, run_case
+
+SETTINGS: list[dict[str, Any]] = [  # Liger changes the model for good and comes last
+    {"micro_batch": 8, "checkpointing": False},
+    {"micro_batch": 32, "checkpointing": True},
+    {"micro_batch": 8, "checkpointing": False, "liger": True},
+]
+
+
+def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> Iterator[dict[str, Any]]:
+    """TRL's rows for the first `rounds` settings."""
+    return trl_rows(SMALL if quick else FULL, quick, rounds)
+
+
+def trl_rows(load: Mapping[str, int], quick: bool, most: int | None = None) -> Iterator[dict[str, Any]]:
+    """A row for each setting, its second step timed; with a status alone where TRL is missing or a setting fails."""
+    shape = f"Qwen2 1.5B, {load['questions']} questions × {load['samples']} samples"
+    if importlib.util.find_spec("trl") is None:
+        yield row("TRL", shape, [], status="trl is not installed")
+        return
+    settings = [{**s, "micro_batch": 3} for s in SETTINGS[:2]] if quick else SETTINGS[:most]
+    with tempfile.TemporaryDirectory() as folder:
+        told = {"shape": QWEN, "settings": settings, **load, "steps": 2, "quick": quick, "context": 1024}
+        lines = run_case("step_trl", told | {"folder": folder})
+    for setting in settings:
+        name = "TRL, " + ", ".join(f"{key} {value}" for key, value in setting.items())
+        own = [line for line in lines if line.get("setting") == setting]
+        steps = [line for line in own if "step" in line]
+        if len(steps) < 2:
+            yield row(name, shape, [], status=failed(own) or failed(lines) or "no step")
+            continue
+        logs = [line["logs"] for line in own if "logs" in line][-1:]
+        yield row(name, shape, [s["seconds"] for s in steps[1:]], first_ms=1e3 * steps[0]["seconds"],
+                  memory_gib=memory(steps), logs=logs)  # fmt: skip

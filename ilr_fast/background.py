@@ -1,0 +1,41 @@
+"""One piece of work at a time beside the main thread, whose failure is raised where it is waited for.
+
+    background = Background()
+    background.start(write_the_checkpoint)
+    ...                        # what does not touch what is being written
+    background.wait()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+
+class Background:
+    """A thread that is there while something is to be done."""
+
+    def __init__(self, name: str):
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._work: Future[object] | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether something was started that nobody has waited for yet."""
+        return self._work is not None
+
+    def start(self, work: Callable[[], object]) -> None:
+        """Runs the work in the thread, once what was started before is done."""
+        self.wait()
+        self._work = self._threads.submit(work)
+
+    def wait(self) -> None:
+        """Returns when all is done; raises what the work raised, once."""
+        work, self._work = self._work, None
+        if work is not None:
+            work.result()
+
+    def close(self) -> None:
+        """Waits for the thread's end and raises nothing: for a way out that has its own reason."""
+        self._threads.shutdown(wait=True)
+        self._work = None

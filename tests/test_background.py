@@ -1,0 +1,69 @@
+"""Work beside the main thread, and checkpoints that are written while the next dialogues are sampled."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from end_to_end import save_models, write_config
+
+from ilr_fast import train as training
+from ilr_fast.background import Background
+from ilr_fast.cli import main
+from ilr_fast.errors import UserError
+from ilr_fast.metrics import read_metrics
+
+
+def test_a_failure_is_raised_where_it_is_waited_for_once():
+    background, done = Background("test"), []
+    background.start(lambda: done.append(1))
+    background.start(lambda: 1 / 0)  # waits for the first
+    assert done == [1] and background.busy
+    with pytest.raises(ZeroDivisionError):
+        background.wait()
+    background.wait()
+    background.start(lambda: 1 / 0)
+    background.close()
+    assert not background.busy
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return save_models(tmp_path_factory.mktemp("models"))
+
+
+def test_a_checkpoint_is_written_while_the_next_dialogues_are_sampled(tmp_path, models, monkeypatch):
+    save, roll_out, update = training.save, training.roll_out, training.update
+    sampling, updates, threads = threading.Event(), [], []
+
+    def slow(*arguments, **more):
+        threads.append(threading.current_thread())
+        if len(updates) == 1:  # the first step's: it may not end before the second step's dialogues have begun
+            assert sampling.wait(60)
+        assert len(updates) == len(threads), "weights changed while they were to be written"
+        return save(*arguments, **more)
+
+    def begins(session, interactions, questions, step, timer):
+        if step == 2:
+            sampling.set()
+        return roll_out(session, interactions, questions, step, timer)
+
+    def counted(session, credited, step, timer):
+        updates.append(step)
+        return update(session, credited, step, timer)
+
+    for name, new in (("save", slow), ("roll_out", begins), ("update", counted)):
+        monkeypatch.setattr(training, name, new)
+    assert main(["train", str(write_config(tmp_path, models, steps=3, checkpoint__every=1))]) == 0
+    assert len(threads) == 3 and all(t is not threading.main_thread() for t in threads)
+    first, second, _ = (row["seconds"] for row in read_metrics(tmp_path / "run"))
+    assert first["checkpoint"] < 1 and second["checkpoint"] is not None
+
+
+def test_a_checkpoint_that_fails_ends_the_run(tmp_path, models, monkeypatch, capfd):
+    def full(*arguments, **more):
+        raise UserError("the disk is full", "checkpoints", "free some space")
+
+    monkeypatch.setattr(training, "save", full)
+    assert main(["train", str(write_config(tmp_path, models, steps=2, checkpoint__every=1))]) == 2
+    assert "the disk is full" in capfd.readouterr().err
