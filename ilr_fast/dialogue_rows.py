@@ -14,6 +14,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from ilr_fast.types import Credited, Dialogue, Generation, Grade, Question, Scored, Turn
 
 Row = Mapping[str, Any]
@@ -83,7 +85,7 @@ def _turn_row(
         "error": said.error,
         "prompt_ids": list(turn.prompt_tokens),
         "token_ids": list(said.tokens),
-        "logps": [round(logp, 6) for logp in said.logps],
+        "logps": np.round(said.logps, 6).tolist(),  # hundreds of thousands in a step
     }
 
 
