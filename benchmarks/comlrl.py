@@ -22,7 +22,7 @@ from ilr_benchmarks.step_runs import asked, failed, memory, parts, run_case, tot
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TARGETS = {"cuda": 10.0, "cpu": 3.0}
 BRANCHES, DIALOGUES = 3, 4  # 3 + 9 turns, and 4 × 3
-LOADS = {"cuda": {"questions": 4, "forced": 64}, "cpu": {"questions": 1, "forced": 24}}
+LOADS = {"cuda": {"questions": 4, "forced": 64}, "cpu": {"questions": 1, "forced": 12}}
 
 
 def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> Iterator[dict[str, Any]]:
@@ -32,7 +32,7 @@ def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> Iterator[d
     turns = 2 * 12 * load["questions"]
     shape = f"two of SmolLM2-135M's shape, {turns} turns of {load['forced']} tokens"
     with tempfile.TemporaryDirectory() as folder:
-        told = asked({"ada": SMOLLM2, "bob": SMOLLM2}, ["forced"] * (2 + min(rounds, 2)), load, folder, device,
+        told = asked({"ada": SMOLLM2, "bob": SMOLLM2}, ["forced"] * (1 + min(rounds, 2)), load, folder, device,
                      quick=quick, context=1024, cache_gib=2.0)  # fmt: skip
         ours = run_case("step_case", {**told, "loss": {}})
     if what := failed(ours):
