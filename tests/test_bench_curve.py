@@ -67,6 +67,8 @@ def test_both_sides_are_compared_at_equal_steps_and_timed_alone():
     assert row["accuracy_by_step"][1] == [5, pytest.approx(0.65), pytest.approx(0.5)] and row["met"]
     slower = result(curve.OURS, 0.2, 0.6, 0.8, seconds=4.0)
     assert next(iter(curve.compared([slower, *theirs])))["met"] is False
+    never = result(curve.OURS, 0.2, 0.6, 0.6, seed=2)
+    assert next(iter(curve.compared([ours[0], never, *theirs])))["met"] is False
     beside = result(curve.OURS, 0.2, 0.6, 0.8, beside=True)
     (row,) = curve.compared([beside, *theirs])
     assert row["seconds_to_goal"] == [] and row["times_faster"] is row["met"] is None
