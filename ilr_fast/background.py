@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 
 class Background:
@@ -30,9 +30,11 @@ class Background:
         self._work = self._threads.submit(work)
 
     def wait(self) -> None:
-        """Returns when all is done; raises what the work raised, once."""
-        work, self._work = self._work, None
+        """Returns when all is done; raises what the work raised, once, also where an earlier wait was interrupted."""
+        work = self._work
         if work is not None:
+            wait([work])
+            self._work = None
             work.result()
 
     def close(self) -> None:

@@ -27,6 +27,19 @@ def test_a_failure_is_raised_where_it_is_waited_for_once():
     assert not background.busy
 
 
+def test_what_an_interrupt_did_not_wait_for_is_still_told(monkeypatch):
+    def interrupted(works):
+        raise KeyboardInterrupt
+
+    background = Background("test")
+    background.start(lambda: 1 / 0)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("ilr_fast.background.wait", interrupted)
+        background.wait()
+    with pytest.raises(ZeroDivisionError):
+        background.wait()
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     return save_models(tmp_path_factory.mktemp("models"))
