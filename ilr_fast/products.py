@@ -94,9 +94,17 @@ def add_products(weights: Sequence[Any], dy_TN: Tensor, x_TD: Tensor) -> None:
         for weight, part in zip(weights, whole.split([len(w) for w in weights]), strict=True):
             weight.grad = part
         return
-    whole_grad = joined([w.grad for w in weights])
-    assert whole_grad is not None, "gradients were made side by side"
-    whole_grad.addmm_(dy_TN.t(), x_TD)
+    gradients = [w.grad for w in weights]
+    whole_grad = None if any(g is None for g in gradients) else joined(gradients)
+    if whole_grad is not None:
+        whole_grad.addmm_(dy_TN.t(), x_TD)
+        return
+    # Made apart: by autograd itself, in a micro-batch that went through the layers module by module.
+    for weight, dy in zip(weights, dy_TN.split([len(w) for w in weights], dim=1), strict=True):
+        if weight.grad is None:
+            weight.grad = dy.t() @ x_TD
+        else:
+            weight.grad.addmm_(dy.t(), x_TD)
 
 
 def add_sums(biases: Sequence[Any], dy_TN: Tensor) -> None:

@@ -22,7 +22,7 @@ from ilr_fast.config import LoraConfig
 from ilr_fast.fused_layers import fuse
 from ilr_fast.fused_mlp import Gated
 from ilr_fast.model_shape import shape_of
-from ilr_fast.products import joined
+from ilr_fast.products import joined, linear
 
 
 @pytest.fixture
@@ -170,3 +170,20 @@ def test_gated_backward_overwrites(activation: str) -> None:
     given = dout.clone()
     gated_backward_(g, u, given, activation)
     torch.testing.assert_close((g, u, given), (gate.grad, up.grad, gated(gate, up, activation)))
+
+
+@pytest.mark.parametrize("apart", [(True, True), (True, False), (False, False)])
+def test_gradients_made_apart_are_added_to(apart: tuple[bool, bool]) -> None:
+    """A micro-batch that no flash kernel fits goes module by module; its gradients lie where autograd made them."""
+    layers = [torch.nn.Linear(6, n, bias=False, dtype=torch.float64) for n in (4, 3)]
+    first, second = torch.randn(2, 5, 6, dtype=torch.float64)
+    for layer, made in zip(layers, apart, strict=True):
+        if made:
+            layer(first).pow(2).sum().backward()
+    before = [
+        torch.zeros_like(layer.weight) if layer.weight.grad is None else layer.weight.grad.clone() for layer in layers
+    ]
+    linear(second, layers).pow(2).sum().backward()
+    for layer, earlier in zip(layers, before, strict=True):
+        wanted = earlier + 2 * layer(second).detach().t() @ second
+        torch.testing.assert_close(layer.weight.grad, wanted)
