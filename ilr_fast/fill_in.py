@@ -185,7 +185,7 @@ def _own_choices(
             costs = {False: 0.0, "mlp": MLP_COST, True: RECOMPUTE_COST}
             found.append([
                 (cost, Setting(name, "gradient_checkpointing", again)) for again, cost in costs.items()
-                if again != "mlp" or agent.train == "full"  # with adapters it has not been measured on a card
+                if again != "mlp" or agent.train == "full"  # with adapters its speed has not been measured
             ])
         if agent.optimizer.offload == "auto":
             key, pays = "optimizer.offload", trained_count(agent, shapes[name]) > 10**8 and not on_cpu

@@ -137,7 +137,8 @@ def residence(agent: AgentConfig) -> Residence:
 def _phases(config: Config, memories: Mapping[str, AgentMemory]) -> tuple[Phase, ...]:
     crew = _Crew(config, memories)
     away = [name for name in memories if residence(config.agents[name]) == "away"]
-    phases = [_phase("load", crew.resting(memories) if not away else _largest(crew.resting((n,)) for n in memories))]
+    loaded = [crew.resting((n,), fresh=True) for n in memories] if away else [crew.resting(memories, fresh=True)]
+    phases = [_phase("load", _largest(loaded))]
     for turn in [[name] for name in away] or [[]]:
         awake = [name for name in memories if name not in away or name in turn]
         phases.append(_phase(_named("generate", turn), crew.generating(awake)))
@@ -161,15 +162,18 @@ class _Crew:
     config: Config
     memories: Mapping[str, AgentMemory]
 
-    def resting(self, present: Iterable[str]) -> list[Part]:
-        """What is there while nothing is computed: of those that may be away, only the present."""
+    def resting(self, present: Iterable[str], *, fresh: bool = False) -> list[Part]:
+        """What is there while nothing is computed: of those that may be away, only the present.
+
+        `fresh`: before the first update, which makes AdamW's moments; its copies of the weights are there.
+        """
         parts = []
         for name, memory in self.memories.items():
             agent = self.config.agents[name]
             stays = residence(agent)
             if stays != "away" or name in present:
                 parts.append(Part(name, "weights", memory.weights))
-                parts.append(Part(name, "AdamW's states", memory.states))
+                parts.append(Part(name, "AdamW's states", memory.copies if fresh else memory.states))
             if agent.engine.name == "vllm":
                 parts.append(Part(name, "CUDA graphs", GRAPHS))
                 if stays == "awake":

@@ -79,29 +79,29 @@ GOLDEN: dict[str, dict[str, float]] = {
         "load": 6.5, "generate": 12.6, "update qwen": 18.9, "checkpoint": 6.5
     },
     "24gb/grpo_8b_lora": {
-        "load": 16.8, "generate": 20.0, "update llama": 20.7, "checkpoint": 16.8
+        "load": 16.2, "generate": 20.0, "update llama": 20.7, "checkpoint": 16.8
     },
     "24gb/ilr_8b_7b_lora": {
-        "load": 16.8, "generate llama": 20.7, "generate qwen": 19.9, "update llama": 19.1,
+        "load": 16.2, "generate llama": 20.7, "generate qwen": 19.9, "update llama": 19.1,
         "update qwen": 18.2, "checkpoint": 16.8
     },
     "24gb/ilr_8b_7b_qlora": {
-        "load": 13.4, "generate": 17.6, "update llama": 17.9, "update qwen": 17.2, "checkpoint": 13.4
+        "load": 12.1, "generate": 17.6, "update llama": 17.9, "update qwen": 17.2, "checkpoint": 13.4
     },
     "24gb/ilr_two_1.5b_full": {
         "load": 6.8, "generate": 19.1, "update qwen": 16.6, "update smollm2": 15.9, "checkpoint": 6.8
     },
     "80gb/grpo_3b_full": {
-        "load": 30.3, "generate": 31.0, "update qwen": 71.8, "checkpoint": 30.3
+        "load": 18.8, "generate": 31.0, "update qwen": 71.8, "checkpoint": 30.3
     },
     "80gb/grpo_8b_lora": {
-        "load": 33.1, "generate": 34.3, "update llama": 69.6, "checkpoint": 33.1
+        "load": 32.5, "generate": 34.3, "update llama": 69.6, "checkpoint": 33.1
     },
     "80gb/ilr_8b_7b_lora": {
-        "load": 32.6, "generate": 49.9, "update llama": 69.2, "update qwen": 68.2, "checkpoint": 32.6
+        "load": 31.4, "generate": 49.9, "update llama": 69.2, "update qwen": 68.2, "checkpoint": 32.6
     },
     "80gb/ilr_two_1.5b_full": {
-        "load": 37.5, "generate": 38.2, "update qwen": 63.2, "update smollm2": 63.0, "checkpoint": 37.5
+        "load": 25.4, "generate": 38.2, "update qwen": 63.2, "update smollm2": 63.0, "checkpoint": 37.5
     },
 }
 # fmt: on
