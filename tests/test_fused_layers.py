@@ -48,6 +48,25 @@ def test_gradients_of_every_family(
     assert bool(layers) != family.startswith("gemma")
 
 
+@pytest.mark.parametrize("family", ["gemma3", "qwen2"])
+def test_micro_batches_may_go_module_by_module_before_others_do_not(
+    family: str, flash_written_out: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, sequences = small(family), rollout(prompt=30, longest=40)
+    truth, plans = plain_gradients(model, sequences, "cpu", torch.float32), []
+
+    def usable(plan: object, *rest: object) -> bool:
+        if not any(plan is seen for seen in plans):
+            plans.append(plan)
+        return plan is not plans[0]
+
+    monkeypatch.setattr(fused_layers, "usable", usable)
+    ours = gradients(agent_of(model, "cpu", fused_layers="on", micro_batch_tokens=300), sequences)
+    assert len(plans) > 1
+    worst = {n: distance(ours[n], truth[n]) for n in truth}
+    assert max(worst.values()) < 2e-5, worst
+
+
 @pytest.mark.parametrize("how", ["on", "off"])
 @pytest.mark.parametrize("again", ["mlp", True])
 def test_what_is_computed_again_changes_nothing(how: str, again: str | bool, flash_written_out: None) -> None:
