@@ -42,7 +42,9 @@ class OptimizerConfig:
     min_lr_ratio: float = key(0.1, "Where the cosine ends, as a share of lr.", low=0, high=1)
     clip_norm: float | None = key(1.0, "Largest norm of the whole gradient; null: no clipping.", low=0)
     rounding: Literal["copies", "stochastic"] = key(
-        "copies", "16-bit weights: float32 copies of them are updated, or they themselves, rounded stochastically."
+        "copies",
+        "16-bit weights: float32 copies of them are updated, which begin spread over what rounds to them; or they "
+        "themselves, rounded stochastically.",
     )
     moments: Literal["float32", "bfloat16"] = key(
         "float32", "Precision of AdamW's moments; bfloat16 with `rounding: stochastic` only."

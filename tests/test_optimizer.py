@@ -11,6 +11,7 @@ from ilr_kernels.adamw import CHUNK
 from torch import Tensor, nn
 
 from ilr_fast.config import OptimizerConfig
+from ilr_fast.copies import spread
 from ilr_fast.errors import UserError
 from ilr_fast.host_states import HostStates
 from ilr_fast.optimizer import Optimizer
@@ -62,6 +63,33 @@ def test_in_bfloat16_stochastic_rounding_goes_as_far_as_float32_copies(moments: 
     made: Any = type("Plain", (), {"step": lambda self, step: adamw.step()})()
     left["nearest"] = descend(nearest, made, 1, 60)
     assert left["copies"] < 2e-4 and left["stochastic"] < 2e-4 < left["nearest"], left
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_copies_are_spread_over_what_rounds_to_their_weights(dtype: torch.dtype, device: str) -> None:
+    limits = torch.finfo(dtype)
+    edges = [0.0, 1.0, -2.0, 0.5, limits.max, limits.min, limits.tiny, limits.tiny / 4, torch.inf, -torch.inf]
+    weight = torch.cat([torch.tensor(edges), 0.02 * torch.randn(100_000)]).to(dtype).to(device)
+    copies = spread(weight, seed=1, place=0)
+    assert torch.equal(copies.to(dtype), weight) and torch.isnan(spread(weight * torch.nan, 1, 0)).all()
+    at = torch.full((100_000,), 0.75, dtype=dtype, device=device)  # the spacing there is eps / 2
+    away = (spread(at, seed=1, place=1) - 0.75) / (limits.eps / 2)
+    assert abs(float(away.mean())) < 0.005 and abs(float(away.std()) - 12**-0.5) < 0.005
+    assert not torch.equal(spread(at, 1, 1), spread(at, 1, 2)) and torch.equal(spread(at, 1, 1), spread(at, 1, 1))
+
+
+@pytest.mark.parametrize("offload", ["none", "host"])
+def test_weights_in_bfloat16_move_on_average_from_the_first_step(offload: str) -> None:
+    parameters = fresh(torch.bfloat16)
+    before = [w.detach().float() for _, w in parameters]
+    made = optimizer(parameters, "copies", lr=3e-6, offload=offload)
+    for step in (1, 2, 3):
+        for _, weight in parameters:
+            weight.grad = torch.full_like(weight, -1.0)
+        made.step(step)
+    moved = torch.stack([w.detach().float() - b for (_, w), b in zip(parameters, before, strict=True)]).mean()
+    assert 0.7 < float(moved) / 9e-6 < 1.3, float(moved)
 
 
 @pytest.mark.parametrize("changes", [{"rounding": "copies"}, {"rounding": "stochastic", "moments": "bfloat16"}])
