@@ -32,7 +32,6 @@ class Norm(NamedTuple):
     weight: Any
     eps: float
     one_plus: bool
-    rounds_first: bool
 
     def forward(self, x: Tensor) -> Tensor:
         """[…, D] → the same."""

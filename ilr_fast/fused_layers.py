@@ -1,12 +1,13 @@
-"""Norms, attention and MLPs of transformers' models with few passes over memory, in place of the modules' own code.
+"""Norms, attention, MLPs and layers of transformers' models with few passes over memory, in place of their own code.
 
     norms        one kernel forward, one backward; only the input is kept
     attention    q, k, v as one product, rotated in one kernel, in the layout that flash attention reads
     MLPs         gate and up as one product; the gated output is formed again in the backward pass, in place
+    layers       all of these as one step of autograd, where every weight is trained itself (fused_block.py)
 
-The modules stay: names, parameters and checkpoints are the same, adapters (peft) and shared weights keep working. A
-module is changed only where its own code is known or, for norms and activations, where a probe shows that it computes
-what the kernel does. What is not known runs as it is.
+The modules stay: names, parameters and checkpoints are the same, adapters (peft) and shared weights keep working.
+Attention and layers are known by the name of their class; a norm's formula and an MLP's activation by what they
+compute for a probe. What is not known runs as it is.
 
     fuse(model)
 """
@@ -77,7 +78,7 @@ def fuse(model: nn.Module, *, recompute_mlp: bool = False, kernel: RaggedKernel 
                 norms[type(module)] = _one_plus(module)
             one_plus = norms[type(module)]
             if one_plus is not None:  # rounded once, as vLLM does it, where transformers may round twice
-                _replace(module, partial(_norm, eps=_eps(module), one_plus=one_plus, rounds_first=False))
+                _replace(module, partial(_norm, eps=_eps(module), one_plus=one_plus))
         elif kind.removesuffix("Attention") in ATTENTION and kind.endswith("Attention"):
             if is_plain(module.q_proj, module.k_proj, module.v_proj):
                 move_together([module.q_proj, module.k_proj, module.v_proj])
@@ -120,15 +121,15 @@ def _one_plus(module: Any) -> bool | None:
     x = torch.randn(64, len(probe.weight), generator=generator)
     wanted = probe(x)
     for one_plus in (False, True):
-        y = rms_norm(x, probe.weight, _eps(module), one_plus=one_plus, rounds_first=False)
+        y = rms_norm(x, probe.weight, _eps(module), one_plus=one_plus)
         if float((y - wanted).norm() / wanted.norm()) < PROBE_ERROR:
             return one_plus
     return None
 
 
-def _norm(module: Any, x: Tensor, *, eps: float, one_plus: bool, rounds_first: bool) -> Tensor:
+def _norm(module: Any, x: Tensor, *, eps: float, one_plus: bool) -> Tensor:
     rows = x if x.dim() == 3 and x.shape[0] != 1 else x.reshape(-1, x.shape[-1])
-    return rms_norm(rows, module.weight, eps, one_plus=one_plus, rounds_first=rounds_first).view(x.shape)
+    return rms_norm(rows, module.weight, eps, one_plus=one_plus).view(x.shape)
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
     y = x / √(mean(x²) + eps) · w          (Zhang and Sennrich, 2019)      `one_plus`: · (1 + w), as in Gemma
 
-With `rounds_first` the quotient is rounded to x's dtype before the product with w, as Llama's and Qwen's modules do.
+Rounded to x's dtype once, at the end, as vLLM does it (Llama's and Qwen's modules round the quotient too).
 
     y = rms_norm(x, weight, 1e-6)
 """
@@ -19,7 +19,7 @@ PROGRAMS = 264  # of the backward pass, each with a row of the weight's gradient
 ELEMENTS = 2048  # in a block
 
 
-def rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, one_plus: bool = False, rounds_first: bool = True) -> Tensor:
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, one_plus: bool = False) -> Tensor:
     """x [..., D] of any float dtype, contiguous rows → y like x; differentiable in x and the weight.
 
     Leading dimensions are [T] or [T, H], where rows of a token may lie apart from the next token's (a slice of a wider
@@ -27,7 +27,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, one_plus: bool = False,
     """
     if weight_D.shape != x.shape[-1:]:
         raise ValueError(f"weight_D must be [{x.shape[-1]}], the last dimension of x, not {tuple(weight_D.shape)}")
-    return _RMSNorm.apply(x, weight_D, eps, one_plus, rounds_first)
+    return _RMSNorm.apply(x, weight_D, eps, one_plus)
 
 
 class Gradient(NamedTuple):
@@ -38,27 +38,26 @@ class Gradient(NamedTuple):
     y: Tensor | None
 
 
-def norm_forward(x: Tensor, weight_D: Tensor, eps: float, one_plus: bool, rounds_first: bool) -> Tensor:
+def norm_forward(x: Tensor, weight_D: Tensor, eps: float, one_plus: bool) -> Tensor:
     """`rms_norm` without a gradient; a row's bits do not depend on the other rows."""
     if not uses_triton(x):
-        return _output(x, *_parts(x, weight_D, eps, one_plus), rounds_first)
-    return _launched(x, None, weight_D, eps, one_plus, rounds_first)[0]
+        n, _, w = _parts(x, weight_D, eps, one_plus)
+        return (n * w).to(x.dtype)
+    return _launched(x, None, weight_D, eps, one_plus)[0]
 
 
-def add_norm_forward(
-    x: Tensor, add: Tensor, weight_D: Tensor, eps: float, one_plus: bool, rounds_first: bool
-) -> tuple[Tensor, Tensor]:
+def add_norm_forward(x: Tensor, add: Tensor, weight_D: Tensor, eps: float, one_plus: bool) -> tuple[Tensor, Tensor]:
     """(the norm of x + add, x + add), in one pass: the sum is rounded to x's dtype, then normed. Both contiguous."""
     if not uses_triton(x):
         summed = x + add
-        return norm_forward(summed, weight_D, eps, one_plus, rounds_first), summed
-    y, total = _launched(x.contiguous(), add.contiguous(), weight_D, eps, one_plus, rounds_first)
+        return norm_forward(summed, weight_D, eps, one_plus), summed
+    y, total = _launched(x.contiguous(), add.contiguous(), weight_D, eps, one_plus)
     assert total is not None
     return y, total
 
 
 def _launched(
-    x: Tensor, add: Tensor | None, weight_D: Tensor, eps: float, one_plus: bool, rounds_first: bool
+    x: Tensor, add: Tensor | None, weight_D: Tensor, eps: float, one_plus: bool
 ) -> tuple[Tensor, Tensor | None]:
     from ilr_kernels.launch import launch
     from ilr_kernels.norm_kernel import norm_forward_kernel
@@ -67,7 +66,7 @@ def _launched(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = None if add is None else torch.empty_like(y)
     block_r, block_d = _blocks(x.shape[-1])
-    constants = x.shape[-1], one_plus, rounds_first, block_r, block_d
+    constants = x.shape[-1], one_plus, block_r, block_d
     arguments = (x, weight_D, y, add, total, rows, heads, stride, eps)
     with on_device(x):
         launch(norm_forward_kernel, (-(-rows // block_r),), arguments, constants, num_warps=_warps(block_d))
@@ -75,7 +74,7 @@ def _launched(
 
 
 def norm_backward(
-    x: Tensor, weight_D: Tensor, dy: Tensor, eps: float, one_plus: bool, rounds_first: bool, *,
+    x: Tensor, weight_D: Tensor, dy: Tensor, eps: float, one_plus: bool, *,
     weight_gradient: bool = True, add: Tensor | None = None, output: bool = False,
 ) -> Gradient:  # fmt: skip
     """Gradients from x alone; `add` (contiguous, like x) is added to dx, `output` makes y again in the same pass."""
@@ -85,7 +84,7 @@ def norm_backward(
         dx = r * (slope - n * (slope * n).mean(-1, keepdim=True))
         dw = (dy.to(n.dtype) * n).flatten(0, -2).sum(0).to(weight_D.dtype) if weight_gradient else None
         dx = dx if add is None else dx + add
-        return Gradient(dx.to(x.dtype), dw, _output(x, n, r, w, rounds_first) if output else None)
+        return Gradient(dx.to(x.dtype), dw, (n * w).to(x.dtype) if output else None)
     from ilr_kernels.launch import launch
     from ilr_kernels.norm_kernel import norm_backward_kernel
 
@@ -98,7 +97,7 @@ def norm_backward(
     programs = -(-rows // (block_r * blocks))
     dw = x.new_empty(programs, size, dtype=torch.float32) if weight_gradient else None
     arguments = (x, weight_D, dy, dx, dw, add, y, rows, blocks, heads, stride, eps)
-    constants = size, one_plus, rounds_first, block_r, block_d
+    constants = size, one_plus, block_r, block_d
     with on_device(x):
         launch(norm_backward_kernel, (programs,), arguments, constants, num_warps=_warps(block_d))
     return Gradient(dx, None if dw is None else dw.sum(0).to(weight_D.dtype), y)
@@ -106,21 +105,17 @@ def norm_backward(
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, eps, one_plus, rounds_first):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, weight, eps, one_plus):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, weight)
-        ctx.options = eps, one_plus, rounds_first
-        return norm_forward(x, weight, eps, one_plus, rounds_first)
+        ctx.options = eps, one_plus
+        return norm_forward(x, weight, eps, one_plus)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
         x, weight = ctx.saved_tensors
         found = norm_backward(x, weight, dy, *ctx.options, weight_gradient=ctx.needs_input_grad[1])
-        return found.dx, found.dw, None, None, None
-
-
-def _output(x: Tensor, n: Tensor, r: Tensor, w: Tensor, rounds_first: bool) -> Tensor:
-    return ((n.to(x.dtype).to(n.dtype) if rounds_first else n) * w).to(x.dtype)
+        return found.dx, found.dw, None, None
 
 
 def _parts(x: Tensor, weight: Tensor, eps: float, one_plus: bool) -> tuple[Tensor, Tensor, Tensor]:

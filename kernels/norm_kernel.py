@@ -27,7 +27,6 @@ def norm_forward_kernel(
     eps,
     SIZE: tl.constexpr,
     ONE_PLUS: tl.constexpr,
-    ROUND: tl.constexpr,  # x̂ is rounded before the product with the weight
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -44,8 +43,6 @@ def norm_forward_kernel(
         tl.store(p_sum + o_y, b_sum, mask=m)
         b_x = b_sum.to(tl.float32)
     b_n, _, b_w = _normal(b_x, p_weight, o_d, m_d, eps, SIZE, ONE_PLUS)
-    if ROUND:
-        b_n = b_n.to(p_y.dtype.element_ty).to(tl.float32)
     tl.store(p_y + o_y, (b_n * b_w).to(p_y.dtype.element_ty), mask=m)
 
 
@@ -65,7 +62,6 @@ def norm_backward_kernel(
     eps,
     SIZE: tl.constexpr,
     ONE_PLUS: tl.constexpr,
-    ROUND: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -88,8 +84,7 @@ def norm_backward_kernel(
         if p_add is not None:
             b_dx += tl.load(p_add + o_y, mask=m, other=0.0).to(tl.float32)
         if p_y is not None:
-            b_rounded = b_n.to(p_y.dtype.element_ty).to(tl.float32) if ROUND else b_n
-            tl.store(p_y + o_y, (b_rounded * b_w).to(p_y.dtype.element_ty), mask=m)
+            tl.store(p_y + o_y, (b_n * b_w).to(p_y.dtype.element_ty), mask=m)
         tl.store(p_dx + o_y, b_dx.to(p_dx.dtype.element_ty), mask=m)
         b_dw += tl.sum(b_dy * b_n, 0)
     if p_dw is not None:

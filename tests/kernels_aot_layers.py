@@ -19,9 +19,9 @@ def layer_cases(case: Callable[..., Any], import_kernels: Callable[[str], Any]) 
     types = pointers | dict.fromkeys(("rows", "blocks", "heads", "stride"), "i32")
     for size, (block_r, block_d) in WIDTHS.items():
         blocks = {"SIZE": size, "ONE_PLUS": size == 64, "BLOCK_R": block_r, "BLOCK_D": block_d}
-        rounded, warps = {**blocks, "ROUND": True}, min(16, max(4, block_d // 512))
-        yield case(f"norm_forward_kernel {size}", norm.norm_forward_kernel, types, rounded, warps=warps)
-        yield case(f"norm_backward_kernel {size}", norm.norm_backward_kernel, types, rounded, warps=warps)
+        warps = min(16, max(4, block_d // 512))
+        yield case(f"norm_forward_kernel {size}", norm.norm_forward_kernel, types, blocks, warps=warps)
+        yield case(f"norm_backward_kernel {size}", norm.norm_backward_kernel, types, blocks, warps=warps)
     types = dict.fromkeys(("p_gate", "p_up", "p_out", "p_dout"), "*bf16")
     types |= dict.fromkeys(("size", "stride", "out_stride"), "i32")
     for activation in ("silu", "gelu_tanh"):

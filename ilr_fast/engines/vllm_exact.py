@@ -89,7 +89,7 @@ def make_exact(engine_model: nn.Module) -> None:
 
 
 def _norm(module: Any, x: Tensor, residual: Tensor | None = None) -> Any:
-    kind = module.weight.data, module.variance_epsilon, False, False
+    kind = module.weight.data, module.variance_epsilon, False
     return norm_forward(x, *kind) if residual is None else add_norm_forward(x, residual, *kind)
 
 
