@@ -69,7 +69,8 @@ def largest(
 def sums(seed: int, *, low: int = 1, high: int = 99, numbers: int = 2, words: bool = False) -> Iterator[Question]:
     """What is 12 + 7 + 30? The solution adds one number after the other: 12 + 7 = 19, 19 + 30 = 49.
 
-    With `words` it says so in a sentence of about 28 tokens each: We begin with 12. The next number is 7, and …
+    With `words` two sentences (about 51 tokens) say each: So far the sum is 12, and the next
+    number is 7. We add 7 to 12, and as 12 + 7 = 19, the sum of the first 2 numbers is now 19.
     """
     if high < low:
         raise ValueError(f"low = {low} lies above high = {high}")
@@ -79,13 +80,19 @@ def sums(seed: int, *, low: int = 1, high: int = 99, numbers: int = 2, words: bo
     while True:
         drawn = [rng.randint(low, high) for _ in range(numbers)]
         totals = list(itertools.accumulate(drawn))
-        steps = [(b, f"{a} + {b} = {c}", c) for a, b, c in zip(totals, drawn[1:], totals[1:], strict=False)]
-        told = ", ".join(step for _, step, _ in steps)
+        steps = list(zip(totals, drawn[1:], totals[1:], strict=False))
+        told = ", ".join(f"{a} + {b} = {c}" for a, b, c in steps)
         if words:
-            sentences = [f"The next number is {b}, and {step}, so the sum is now {c}." for b, step, c in steps]
-            told = " ".join([f"We begin with {drawn[0]}.", *sentences])
+            told = " ".join(_spoken(count, *step) for count, step in enumerate(steps, 2))
         text = f"What is {' + '.join(map(str, drawn))}?"
         yield problem(text, str(totals[-1]), canonical=f"sum {sorted(drawn)}", solution=told)
+
+
+def _spoken(count: int, a: int, b: int, c: int) -> str:
+    return (
+        f"So far the sum is {a}, and the next number is {b}. "
+        f"We add {b} to {a}, and as {a} + {b} = {c}, the sum of the first {count} numbers is now {c}."
+    )
 
 
 def smallest(

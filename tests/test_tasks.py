@@ -55,8 +55,10 @@ def test_sums_say_what_they_mean():
     assert longer.solution == "2 + 2 = 4, 4 + 2 = 6, 6 + 2 = 8" and read_number(longer.solution) == 8
     spoken = next(sums(3, low=2, high=2, numbers=3, words=True))
     assert spoken.solution == (
-        "We begin with 2. The next number is 2, and 2 + 2 = 4, so the sum is now 4. "
-        "The next number is 2, and 4 + 2 = 6, so the sum is now 6."
+        "So far the sum is 2, and the next number is 2. "
+        "We add 2 to 2, and as 2 + 2 = 4, the sum of the first 2 numbers is now 4. "
+        "So far the sum is 4, and the next number is 2. "
+        "We add 2 to 4, and as 4 + 2 = 6, the sum of the first 3 numbers is now 6."
     )
     assert problem("What?", "1").solution == "1"
 
