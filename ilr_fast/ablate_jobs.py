@@ -1,7 +1,8 @@
 """Variants of an ablation side by side, each as an `ilr-fast train` in a process of its own.
 
 A process reads its config from `configs/NAME.yaml` in the ablation's folder and writes `logs/NAME.log` there. One that
-fails does not stop the others. Where this process is interrupted it interrupts them, so that each writes a checkpoint.
+fails does not stop the others. Where this process is interrupted (SIGINT, SIGTERM) it interrupts them, so that each
+writes a checkpoint; a second signal kills them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from rich.console import Console
 from ilr_fast.config import Config
 from ilr_fast.config_parse import dump
 from ilr_fast.durable import disk_errors, write_text
+from ilr_fast.interrupt import Interrupt
 
 PATIENCE = 60.0  # seconds in which an interrupted process may write its checkpoint
 _POLL = 0.1
@@ -39,22 +42,24 @@ def run_side_by_side(configs: Sequence[Config], jobs: int, folder: Path, console
     for part in ("configs", "logs"):
         with disk_errors(folder, "free some space and give the command again"):
             (folder / part).mkdir(parents=True, exist_ok=True)
-    try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                running.append(_start(waiting.pop(0), min(jobs, total), folder))
-            time.sleep(_POLL)
-            for one in [one for one in running if one.process.poll() is not None]:
-                running.remove(one)
-                ended += 1
-                if one.process.returncode:
-                    failed.append(one.name)
-                said = f"failed (exit {one.process.returncode})" if one.process.returncode else "done"
-                console.print(f"ablation {ended} of {total}: {one.name} {said}, {time.monotonic() - one.started:.0f} s",
-                              highlight=False, markup=False)
-    except BaseException:
-        _end(running)
-        raise
+    with Interrupt() as interrupt:
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    with interrupt.held():  # none is begun that is not in the list
+                        running.append(_start(waiting.pop(0), min(jobs, total), folder))
+                time.sleep(_POLL)
+                for one in [one for one in running if one.process.poll() is not None]:
+                    running.remove(one)
+                    ended += 1
+                    code = one.process.returncode
+                    if code:
+                        failed.append(one.name)
+                    said = f"{f'failed (exit {code})' if code else 'done'}, {time.monotonic() - one.started:.0f} s"
+                    console.print(f"ablation {ended} of {total}: {one.name} {said}", highlight=False, markup=False)
+        except BaseException:
+            _end(running)
+            raise
     return failed
 
 
@@ -74,14 +79,17 @@ def _start(config: Config, jobs: int, folder: Path) -> _Running:
 
 
 def _end(running: Sequence[_Running]) -> None:
-    """Interrupts what still runs, waits for its checkpoint, and kills what does not end."""
-    for one in running:
-        if one.process.poll() is None:
-            one.process.send_signal(signal.SIGINT)
-    deadline = time.monotonic() + PATIENCE
-    for one in running:
-        try:
-            one.process.wait(max(0.1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            one.process.kill()
-            one.process.wait()
+    """Interrupts what still runs, waits for its checkpoint, and kills what does not end; a second signal kills at once."""
+    try:
+        for one in running:
+            if one.process.poll() is None:
+                one.process.send_signal(signal.SIGINT)
+        deadline = time.monotonic() + PATIENCE
+        for one in running:
+            with suppress(subprocess.TimeoutExpired):
+                one.process.wait(max(0.1, deadline - time.monotonic()))
+    finally:
+        for one in running:
+            if one.process.poll() is None:
+                one.process.kill()
+                one.process.wait()

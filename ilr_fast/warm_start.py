@@ -7,7 +7,7 @@ examples included), from the first so many training questions; runs/easy-start/<
 It is the trainer's own update: the policy gradient on-policy of a text with advantage 1 is that of its cross-entropy,
 so learning rate, precision and batches are the config's. What else the config's loss says (importance weights, KL,
 several updates) is left out: nobody sampled these texts. Questions without a written solution are passed over. An
-experiment that begins so has to say so.
+experiment that begins so has to say so. A model that stands in the folder is not written over.
 """
 
 from __future__ import annotations
@@ -33,17 +33,21 @@ from ilr_fast.types import Question, TrainingSequence, TrainingTurn
 def warm_start(ready: Ready, folder: Path, *, passes: int, examples: int | None, batch: int) -> list[Path]:
     """Trains each agent that learns and returns the folders of their models, made in `folder`.
 
-    `examples`: the first so many training questions (None: all), seen `passes` times in batches of `batch`.
+    `examples`: the first so many training questions (None: all), seen `passes` times in batches of `batch`. UserError
+    where one of the folders is there and not empty, or no question has a written solution, before anything is loaded.
     """
     config, made = ready.config, []
+    learning = {name: agent for name, agent in config.agents.items() if agent.train != "none"}
+    for name in learning:
+        if (folder / name).exists() and (not (folder / name).is_dir() or any((folder / name).iterdir())):
+            raise UserError("something stands there, and is not written over", str(folder / name),
+                            "give another folder, or take that one away")
     questions = [question for question in ready.splits["train"] if question.solution][:examples]
     if not questions:
         raise UserError("no training question has a written solution", "data.train", "use another set")
     steps = passes * math.ceil(len(questions) / batch)
     plain = replace(config, steps=steps, loss=LossConfig(aggregation=config.loss.aggregation))
-    for name, agent in config.agents.items():
-        if agent.train == "none":
-            continue
+    for name, agent in learning.items():
         learner = Agent(name, agent, plain, ready.chats[name].tokenizer)
         sequences = demonstrations(ready, ready.chats[name], questions)
         draw = random.Random(config.seed)

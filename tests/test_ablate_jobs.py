@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
 
 import pytest
 from end_to_end import save_models, write_config
+from rich.console import Console
 
+from ilr_fast import ablate_jobs
 from ilr_fast.cli import main
+from ilr_fast.config_parse import load_config
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +69,42 @@ def test_what_is_finished_is_skipped_and_what_fails_is_named(folder, capsys):
     assert "ilr-seed1, finished before" in said.out
     assert (folder / "ilr-seed1" / "metrics.jsonl").stat().st_mtime_ns == before
     assert "not a list of results" in (folder / "logs" / "grpo-ada-seed1.log").read_text()
+
+
+TRAINS = """
+import pathlib, sys, time
+place = pathlib.Path(sys.argv[1])
+try:
+    place.with_suffix(".begun").touch()
+    time.sleep(30)
+except KeyboardInterrupt:
+    place.with_suffix(".checkpoint").touch()
+"""
+
+
+def test_a_terminated_ablation_leaves_no_run_behind(tmp_path, monkeypatch):
+    processes = []
+
+    def start(config, jobs, folder):
+        name = Path(config.run).name
+        process = subprocess.Popen([sys.executable, "-c", TRAINS, str(tmp_path / name)], start_new_session=True)
+        processes.append(process)
+        return ablate_jobs._Running(name, process, time.monotonic())
+
+    def terminate():
+        while len(list(tmp_path.glob("*.begun"))) < 2:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(ablate_jobs, "_start", start)
+    previous = signal.signal(signal.SIGTERM, lambda *_: None)  # what it was is there again afterwards
+    try:
+        config = load_config(write_config(tmp_path, tmp_path))
+        configs = [replace(config, run=str(tmp_path / name)) for name in ("one", "two", "three")]
+        threading.Thread(target=terminate, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            ablate_jobs.run_side_by_side(configs, 2, tmp_path, Console(file=StringIO()))
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert len(processes) == 2 and all(process.poll() is not None for process in processes)
+    assert {path.stem for path in tmp_path.glob("*.checkpoint")} == {"one", "two"}

@@ -13,6 +13,7 @@ QUESTION = problem("What is 12 + 7 + 30 + 1?", "50", solution="12 + 7 = 19, 19 +
     [
         (" 12 + 7 = 19, 19 + 30 = 49, 49 + 1 = 50\n", True, 1.0),
         ("12 + 7 = 19 + 30 = 49 + 1 = 50", True, 1.0),
+        ("12 + 7 = 19.0, 19 + 30 = 049, 49 + 1 = 50.", True, 1.0),  # equal numbers, written in another way
         ("12 + 7 = 19, 19 + 30 = 48, 48 + 1 = 50", True, 1 / 3),  # a mistake that another one made good
         ("12 + 7 = 19, 19 + 30 = 49, 49 + 1 = 51", False, 2 / 3),
         ("12 + 7 = 18, 18 + 30 = 48, 48 + 1 = 49", False, 0.0),

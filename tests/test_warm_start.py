@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -61,6 +62,17 @@ def test_no_written_solution_is_said(models, tmp_path, capsys):
     file, train = config_with(models, tmp_path, lambda n: None)
     assert main([str(file), str(tmp_path / "start"), train]) == 2
     assert "no training question has a written solution" in capsys.readouterr().err
+
+
+def test_a_model_is_not_written_over(models, tmp_path, capsys):
+    file, train = config_with(models, tmp_path, lambda n: f"{n} + 1")
+    there = tmp_path / "start" / "bob" / "model.safetensors"
+    there.parent.mkdir(parents=True)
+    there.write_text("mine")
+    (tmp_path / "start" / "ada").mkdir()
+    assert main([str(file), str(tmp_path / "start"), train]) == 2
+    assert f"start{os.sep}bob" in capsys.readouterr().err
+    assert there.read_text() == "mine" and not list((tmp_path / "start" / "ada").iterdir())
 
 
 def mean_logp(folder, sequences):

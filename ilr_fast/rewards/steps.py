@@ -3,6 +3,7 @@
     solution 12 + 7 = 19, 19 + 30 = 49, answer 49       correct   share   reward (format_weight 1)
     12 + 7 = 19, 19 + 30 = 49                           yes       1       2
     12 + 7 = 19, 19 + 30 = 48                           no        1/2     0.5
+    12 + 7 = 19.0, 19 + 30 = 49                         yes       1       2
     12 + 7 = 19, so it is 19. Then 19 + 30 = 49.        yes       1       2
     49                                                  yes       0       1
 
@@ -18,6 +19,7 @@ values, without which Perception Calibration changes nothing (docs/calibration.m
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from decimal import Decimal
 from itertools import takewhile
 
@@ -38,27 +40,27 @@ class StepsGrader(BaseGrader):
             what = "the answer of the data must be a number, and its solution show results (1 + 2 = 3)"
             return self.broken(False, None, what)
         given = found(text)
-        number = Decimal(given[-1]) if given else read_number(text)
+        number = given[-1] if given else read_number(text)
         share = reached(given, results)
         answer = None if number is None else f"{number:f}"[:200]
         right = number == wanted
         return Grade(float(right) + self.format_weight * share, right, right and share == 1, answer)
 
 
-def found(text: str) -> list[str]:
+def found(text: str) -> list[Decimal]:
     """The results on the first line that is not empty, at most LONGEST_LINE characters of it.
 
-    >>> found("1 + 2 = 3, 3 + 4 = 7")
+    >>> [str(result) for result in found("1 + 2 = 3, 3 + 4 = 7")]
     ['3', '7']
     """
     line = next((line for line in text[: 2 * LONGEST_LINE].splitlines() if line.strip()), "")
-    return [result.replace(",", "") for result in RESULT.findall(line[:LONGEST_LINE])]
+    return [Decimal(result.replace(",", "")) for result in RESULT.findall(line[:LONGEST_LINE])]
 
 
-def reached(given: list[str], wanted: list[str]) -> float:
-    """The part of the wanted results that the given ones agree with up to the first difference, 0 to 1.
+def reached(given: Sequence[Decimal], wanted: Sequence[Decimal]) -> float:
+    """The part of the wanted results that the given ones equal as numbers up to the first difference, 0 to 1.
 
-    >>> reached(["3", "8"], ["3", "7"])
+    >>> reached(found("1 + 2 = 3.0, 3 + 4 = 8"), found("1 + 2 = 3, 3 + 4 = 7"))
     0.5
     """
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(given, wanted, strict=False))) / len(wanted)
