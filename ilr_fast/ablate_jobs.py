@@ -79,7 +79,7 @@ def _start(config: Config, jobs: int, folder: Path) -> _Running:
 
 
 def _end(running: Sequence[_Running]) -> None:
-    """Interrupts what still runs, waits for its checkpoint, and kills what does not end; a second signal kills at once."""
+    """Interrupts what still runs, waits for its checkpoint, kills what does not end; a second signal kills at once."""
     try:
         for one in running:
             if one.process.poll() is None:

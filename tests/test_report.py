@@ -313,6 +313,8 @@ def test_without_the_plotting_library_the_tables_stand(full, monkeypatch):
     library.cache_clear()
     for text in (page, printed):
         assert "pip install vl-convert-python" in text and "base, 4 examples" in text
+    assert 'data-figure="' not in page and "No step is done yet" not in page, "no empty boxes in place of figures"
+    assert '<a href="#dialogues">' in page and '<a href="#learning">' not in page
 
 
 def test_every_figure_is_valid_and_drawn_without_a_browser(tmp_path):

@@ -40,7 +40,7 @@ SCRIPTS = ("figures.js", "dialogues.js")
 
 
 class Numbered:
-    """The page's figures in order; the template places them by number."""
+    """The page's figures in order; the template places them by number, or none where nothing can draw them."""
 
     def __init__(self) -> None:
         self.figures: list[Figure] = []
@@ -51,7 +51,7 @@ class Numbered:
         for figure in figures:
             placed.append({"number": len(self.figures), "title": figure.title, "note": figure.note})
             self.figures.append(figure)
-        return placed
+        return placed if library() else []
 
     def packed(self) -> str:
         """All figures with the themes, for the page's script."""
