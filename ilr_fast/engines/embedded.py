@@ -36,14 +36,12 @@ from torch import Tensor, nn
 from ilr_fast.attention import lm_head_of, packed_forward
 from ilr_fast.engines.batching import Batcher, Request, Step
 from ilr_fast.engines.cache import CachePlan, SlotCache
+from ilr_fast.engines.driver import Driver
 from ilr_fast.engines.mistakes import failure_of, mistake_of
 from ilr_fast.engines.sampler import sample
 from ilr_fast.engines.step_size import LOGITS, prompt_tokens
 from ilr_fast.engines.stops import Decoder, StopStrings
 from ilr_fast.types import FinishReason, Generation, Residence, Sampling
-
-# Passes of the event loop between two steps: enough for a finished turn to reach its peers and come back as requests.
-PASSES_BETWEEN_STEPS = 12
 
 
 @dataclass(slots=True)
@@ -91,7 +89,7 @@ class EmbeddedEngine:
         self._batcher = Batcher(slots, token_budget)
         self._cache = SlotCache(slots, self.max_context)
         self._logits: Tensor | None = None
-        self._driver: asyncio.Task[None] | None = None
+        self._driver = Driver(self._take_step, self._waiting)
         self._stats = EngineStats()
 
     def stats(self) -> EngineStats:
@@ -137,19 +135,19 @@ class EmbeddedEngine:
         limit = min(len(tokens) + sampling.max_tokens, self.max_context)
         request = Request(list(tokens), len(tokens), limit, sampling, loop.create_future())
         self._batcher.queue.append(request)
-        if self._driver is None or self._driver.done() or self._driver.get_loop() is not loop:
-            self._driver = loop.create_task(self._drive())
+        self._driver.wake()
         return await request.future
 
-    async def _drive(self) -> None:
-        """Steps while there is work, and between steps lets the dialogues hand in their next turns."""
-        while True:
-            for _ in range(PASSES_BETWEEN_STEPS):
-                await asyncio.sleep(0)
-            self._batcher.drop(lambda request: request.future.done())  # cancelled, or of a loop that was closed
-            if self._batcher.idle:
-                return
-            self.step()
+    def _take_step(self) -> bool:
+        """A step, where there is work; whether there was."""
+        self._batcher.drop(lambda request: request.future.done())  # cancelled, or of a loop that was closed
+        if self._batcher.idle:
+            return False
+        self.step()
+        return True
+
+    def _waiting(self) -> list[asyncio.Future[Generation]]:
+        return [request.future for request in (*self._batcher.running, *self._batcher.queue)]
 
     def step(self) -> None:
         """One forward pass over all running requests and those that can enter; finished ones get their results."""

@@ -31,7 +31,8 @@ import torch
 
 from ilr_fast.engines.admission import Admission
 from ilr_fast.engines.device_memory import OutOfMemory
-from ilr_fast.engines.embedded import PASSES_BETWEEN_STEPS, EngineStats
+from ilr_fast.engines.driver import Driver
+from ilr_fast.engines.embedded import EngineStats
 from ilr_fast.engines.exact import trainers_kernel
 from ilr_fast.engines.mistakes import failure_of, mistake_of
 from ilr_fast.engines.stops import Decoder, StopStrings
@@ -105,7 +106,7 @@ class VllmEngine:
         self._requests: dict[str, _Request] = {}
         self._admission = Admission(options.tokens_in_flight or self._core.cache_tokens, options.slots)
         self._names = itertools.count()
-        self._driver: asyncio.Task[None] | None = None
+        self._driver = Driver(self._take_step, lambda: [request.future for request in self._requests.values()])
         self._stats = EngineStats()
         self.residence: Residence = "awake"
 
@@ -186,8 +187,7 @@ class VllmEngine:
         self._requests[name] = request
         self._stats.tokens_prompt += len(tokens)
         self._admission.add(name, prompt=len(tokens), limit=limit)
-        if self._driver is None or self._driver.done() or self._driver.get_loop() is not loop:
-            self._driver = loop.create_task(self._drive())
+        self._driver.wake()
         return await request.future
 
     def noise(self) -> float | None:
@@ -218,18 +218,16 @@ class VllmEngine:
         self._stats.steps += 1
         self._stats.seconds += time.perf_counter() - start
 
-    async def _drive(self) -> None:
-        """Steps while there is work, and between steps lets the dialogues hand in their next turns."""
-        while True:
-            for _ in range(PASSES_BETWEEN_STEPS):
-                await asyncio.sleep(0)
-            self._abort([n for n, r in self._requests.items() if r.future.done()])  # cancelled, or of a closed loop
-            if not self._requests:
-                return
-            for name in self._admission.enter():
-                request = self._requests[name]
-                self._client.add_request(self._form.sampling(name, request.prompt, request.sampling, request.limit))
-            self.step()
+    def _take_step(self) -> bool:
+        """A step with what may enter, where there is work; whether there was."""
+        self._abort([n for n, r in self._requests.items() if r.future.done()])  # cancelled, or of a closed loop
+        if not self._requests:
+            return False
+        for name in self._admission.enter():
+            request = self._requests[name]
+            self._client.add_request(self._form.sampling(name, request.prompt, request.sampling, request.limit))
+        self.step()
+        return True
 
     def _take(self, outputs: Iterable[Any]) -> None:
         """Adds what a step sampled to its requests and ends those that are complete."""

@@ -23,8 +23,8 @@ from typing import Any
 
 from ilr_fast.config import Config
 from ilr_fast.config_parse import to_tree
-from ilr_fast.engines.embedded import PASSES_BETWEEN_STEPS
-from ilr_fast.hosts import HostLost, messages
+from ilr_fast.engines.driver import Driver
+from ilr_fast.hosts import messages
 from ilr_fast.hosts.link import Link
 from ilr_fast.types import Generation, Residence, Sampling, StepResult, TrainingSequence
 
@@ -44,7 +44,7 @@ class ProcessHost:
         self._outgoing: list[list[Any]] = []
         self._keys = itertools.count()
         self._waiting: dict[int, asyncio.Future[Any]] = {}  # in lockstep: those that a step may answer
-        self._driver: asyncio.Task[None] | None = None
+        self._driver = Driver(self._take_step, lambda: self._waiting.values())
 
     def open(self) -> None:
         """The agent starts to load."""
@@ -129,34 +129,25 @@ class ProcessHost:
         key, future = next(self._keys), loop.create_future()
         self._waiting[key] = future
         self._outgoing.append([key, tokens, sampling])
-        if self._driver is None or self._driver.done() or self._driver.get_loop() is not loop:
-            self._driver = loop.create_task(self._drive())
+        self._driver.wake()
         return await future
 
-    async def _drive(self) -> None:
-        """As the embedded engine's own: a step, and passes in which the dialogues hand in their next turns."""
-        try:
-            while True:
-                for _ in range(PASSES_BETWEEN_STEPS):
-                    await asyncio.sleep(0)
-                cancelled = [key for key, future in self._waiting.items() if future.done()]
-                for key in cancelled:
-                    del self._waiting[key]
-                if not self._waiting and not cancelled:
-                    return
-                self._step(cancelled)
-        except HostLost as lost:
-            for future in self._waiting.values():
-                if not future.done():
-                    future.set_exception(lost)
+    def _take_step(self) -> bool:
+        """A step of the worker's engine, where there is work; whether there was.
 
-    def _step(self, cancelled: list[int]) -> None:
-        """Waits here, not in the event loop: what else happens in it must not depend on how long a step takes."""
+        Waits here, not in the event loop: what else happens in it must not depend on how long a step takes.
+        """
+        cancelled = [key for key, future in self._waiting.items() if future.done()]
+        for key in cancelled:
+            del self._waiting[key]
+        if not self._waiting and not cancelled:
+            return False
         requests, self._outgoing = self._outgoing, []
         for key, generation in self._link.ask("advance", requests=requests, cancelled=cancelled).result():
             future = self._waiting.pop(key, None)
             if future is not None and not future.done():
                 future.set_result(generation)
+        return True
 
 
 def wait_until_ready(hosts: Collection[ProcessHost], on_done: Callable[[], object]) -> None:

@@ -57,7 +57,7 @@ class Worker:
                 value = await getattr(self, f"_{call}")(**message.get("arguments", {}))
             except Exception as error:
                 known = messages.from_error(error)
-                if known is None:
+                if known is None or key is None:
                     raise
                 self._send([[key, None, known]])
             else:
@@ -116,11 +116,18 @@ class Worker:
     async def _sample(self, key: int, tokens: list[int], sampling: list[Any]) -> None:
         try:
             generation = await self._host.generate(tokens, messages.to_sampling(sampling))
+        except Exception as error:  # the engine's own fault, which no request explains: `serve` ends with it
+            self._inbox.put({"call": "fail", "arguments": {"error": error}})
+            self._arrived.set()
+            return
         finally:
             del self._running[key]
         if not self._finished and not self._lockstep:
             self._loop.call_soon(self._flush)
         self._finished.append([key, messages.from_generation(generation), None])
+
+    async def _fail(self, error: Exception) -> None:
+        raise error
 
     def _flush(self) -> None:
         finished, self._finished = self._finished, []

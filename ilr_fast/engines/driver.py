@@ -1,0 +1,50 @@
+"""The task that takes an engine's steps while requests wait for them.
+
+It runs in the caller's event loop, gives it some passes between two steps, ends when there is nothing to do, and is
+begun again by the next request. An error that ends it reaches everyone who waits, who would wait for ever otherwise.
+
+    driver = Driver(step, lambda: [request.future for request in requests])
+    driver.wake()               # at every request
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from typing import Any
+
+# Passes of the event loop between two steps: enough for a finished turn to reach its peers and come back as requests.
+PASSES_BETWEEN_STEPS = 12
+
+
+class Driver:
+    """`step` takes a step and says whether there may be more to do; `waiting` are the futures that steps answer."""
+
+    def __init__(self, step: Callable[[], bool], waiting: Callable[[], Iterable[asyncio.Future[Any]]]):
+        self._step, self._waiting = step, waiting
+        self._task: asyncio.Task[None] | None = None
+
+    def wake(self) -> None:
+        """There is something to do."""
+        loop = asyncio.get_running_loop()
+        if self._task is None or self._task.done() or self._task.get_loop() is not loop:
+            self._task = loop.create_task(self._drive())
+            self._task.add_done_callback(_heard)
+
+    async def _drive(self) -> None:
+        try:
+            while True:
+                for _ in range(PASSES_BETWEEN_STEPS):
+                    await asyncio.sleep(0)
+                if not self._step():
+                    return
+        except Exception as error:
+            for future in list(self._waiting()):
+                if not future.done():
+                    future.set_exception(error)
+
+
+def _heard(task: asyncio.Task[None]) -> None:
+    """An interruption goes its own way: asyncio need not print that nobody asked this task for it."""
+    if not task.cancelled():
+        task.exception()

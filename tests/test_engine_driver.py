@@ -1,0 +1,78 @@
+"""The task that steps an engine: its end reaches those that wait, in this process and from a worker's."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import io
+
+import pytest
+
+from ilr_fast.engines.driver import Driver
+from ilr_fast.hosts import messages
+from ilr_fast.hosts.worker import Worker
+from ilr_fast.types import Sampling
+
+
+class Counting:
+    """Answers each request after some steps, or raises `fault`."""
+
+    def __init__(self, steps: int = 3, fault: BaseException | None = None):
+        self.left, self.steps, self.fault = steps, steps, fault
+        self.futures: list[asyncio.Future[int]] = []
+        self.driver = Driver(self.step, lambda: self.futures)
+
+    def step(self) -> bool:
+        if not self.futures:
+            return False
+        self.left -= 1
+        if self.left == 0:
+            if self.fault is not None:
+                raise self.fault
+            self.left = self.steps
+            self.futures.pop(0).set_result(self.steps)
+        return True
+
+    async def generate(self, *asked: object) -> int:
+        future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.futures.append(future)
+        self.driver.wake()
+        return await future
+
+
+async def both(engine: Counting) -> list[int | BaseException]:
+    asked = asyncio.gather(engine.generate(), engine.generate(), return_exceptions=True)
+    return await asyncio.wait_for(asked, 5)
+
+
+def test_it_steps_while_there_is_work_and_again_in_another_loop() -> None:
+    engine = Counting()
+    assert [asyncio.run(both(engine)) for _ in range(2)] == [[3, 3], [3, 3]]
+
+
+def test_a_fault_reaches_everyone_who_waits() -> None:
+    fault = AssertionError("a slot is held twice")
+    assert asyncio.run(both(Counting(fault=fault))) == [fault, fault]
+
+
+def test_an_interruption_ends_the_loop_and_prints_nothing(caplog) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(Counting(fault=KeyboardInterrupt()).generate())
+    gc.collect()
+    assert "never retrieved" not in caplog.text
+
+
+@pytest.mark.parametrize("lockstep", [False, True])
+def test_an_engines_fault_ends_its_process(monkeypatch, lockstep) -> None:
+    monkeypatch.setattr(Worker, "_read", lambda self: None)
+    worker = Worker(io.BytesIO(), io.BytesIO())
+    worker._host, worker._lockstep = Counting(fault=AssertionError("a slot is held twice")), lockstep  # type: ignore[assignment]
+    worker._host.stats = lambda: {"steps": 0}  # type: ignore[method-assign, assignment, return-value]
+    requests = [[7, [1], messages.from_sampling(Sampling(max_tokens=1))]]
+    calls = [{"call": "generate", "arguments": {"requests": requests}}]
+    if lockstep:
+        calls = [{"call": "advance", "id": 8, "arguments": {"requests": requests, "cancelled": []}}]
+    for call in calls:
+        worker._inbox.put(call)
+    with pytest.raises(AssertionError, match="held twice"):
+        asyncio.run(asyncio.wait_for(worker.serve(), 5))
