@@ -86,8 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(debug=False)
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
     for name, (add, run, text) in COMMANDS.items():
-        text = text.replace("%", "%%")  # argparse formats it
-        command = commands.add_parser(name, help=text, description=text)
+        command = commands.add_parser(name, help=text.replace("%", "%%"), description=text)  # argparse formats helps
         add(command)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         command.set_defaults(command=run)

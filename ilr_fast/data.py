@@ -23,6 +23,7 @@ from ilr_fast.config import DataConfig
 from ilr_fast.errors import UserError, nearest
 from ilr_fast.hub import hub_rows
 from ilr_fast.rows import jsonl_rows, questions_of
+from ilr_fast.tasks import find_task
 from ilr_fast.tasks import splits as task_splits
 from ilr_fast.types import Question
 
@@ -93,6 +94,13 @@ def load_splits(config: DataConfig, seed: int) -> dict[str, list[Question]]:
             splits |= {part: questions} if len(same) == 1 else _dealt(questions, same, config)
     check_disjoint(splits)
     return {part: splits[part] for part in _PARTS}
+
+
+def check_tasks(config: DataConfig) -> None:
+    """UserError where a generated task is not known or its options don't fit it; no other source is looked at."""
+    for source in dict.fromkeys(getattr(config, part) for part in _PARTS):
+        if source.startswith(TASK):
+            find_task(source.removeprefix(TASK), config.task_options)
 
 
 def _dealt(questions: Sequence[Question], parts: Sequence[str], config: DataConfig) -> dict[str, list[Question]]:

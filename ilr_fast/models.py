@@ -73,8 +73,9 @@ def get_model(name: str, folder: Path | None = None) -> Path:
     try:
         _make(name, target)
     except OSError as error:
+        other = "name another folder" if folder else "name another folder by ILR_CACHE"
         raise UserError(f"the model can't be written ({error.strerror or error})", str(target),
-                        "make room (1.5 GB), or name another folder by ILR_CACHE") from error  # fmt: skip
+                        f"make room (1.5 GB), or {other}") from error  # fmt: skip
     return target
 
 

@@ -1,6 +1,6 @@
 """`ilr-fast plan CONFIG`: the memory of a run as a table, before anything is loaded; and what `train` asks first.
 
-    ilr-fast plan configs/24gb/ilr_two_1.5b.yaml --gpu-memory 24GiB
+    ilr-fast plan configs/24gb/ilr_two_1.5b_full.yaml --gpu-memory 24GiB
 
 The table has a column for each phase. A config that does not fit is the user's mistake (exit status 2); the keys that
 would make it fit are then shown, each with the peak that it gives.
@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from ilr_fast.card import card_memory, host_memory
 from ilr_fast.config import Config
 from ilr_fast.config_parse import load_config, to_tree, walk_values
+from ilr_fast.data import check_tasks
 from ilr_fast.errors import UserError
 from ilr_fast.fill_in import Remedy, fill_in, remedies
 from ilr_fast.memory import GIB
@@ -28,6 +29,7 @@ def plan_command(path: str, overrides: Sequence[str], gpu_memory: str | None) ->
     """Prints the plan of a config file; UserError where it does not fit, or the config is no good."""
     config = load_config(path, overrides)
     grader_class(config.reward.name)
+    check_tasks(config.data)
     machine = machine_at_hand() if gpu_memory is None else a_machine_of(config, parse_size(gpu_memory))
     check_devices(config, machine)
     shapes = shapes_of(config)

@@ -262,7 +262,7 @@ def test_the_command(tmp_path, capfd, gib, status):
 
 @pytest.mark.parametrize(
     ("key", "said"), [("agents.qwen.device=cuda:3", "no device cuda:3"), ("reward.name=maths", "math"),
-                      ("agents.qwen.device=gpu", "no device gpu")]
+                      ("agents.qwen.device=gpu", "no device gpu"), ("data.test=task:sum", "'sums'")]
 )  # fmt: skip
 def test_the_command_refuses_what_training_would(key, said, monkeypatch, capfd):
     monkeypatch.setattr("ilr_fast.plan_command.machine_at_hand", lambda: machine(22))
