@@ -28,6 +28,9 @@ from typing import Any, NamedTuple
 from ilr_benchmarks.ballast import ballast
 from ilr_benchmarks.common import row
 
+from ilr_fast.engines.vllm_core import check_version
+from ilr_fast.errors import UserError
+
 ROOT = Path(__file__).resolve().parents[1]
 CARD = 22.0  # GiB
 WITHIN = 0.1
@@ -74,6 +77,9 @@ def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> Iterator[d
         places = {name: Path(stack.enter_context(tempfile.TemporaryDirectory())) for name in chosen}
         if device != "cpu":
             stack.enter_context(ballast(CARD))
+        lacking = {name: _lacking(case) for name, case in chosen.items()}
+        yield from (row(name, SHAPE, [], status=what) for name, what in lacking.items() if what)
+        chosen = {name: case for name, case in chosen.items() if not lacking[name]}
         workers = {name: stack.enter_context(_begun(case, places[name], quick)) for name, case in chosen.items()}
         for name, worker in workers.items():
             for found in _rows(name, chosen[name].limit, worker, places[name] / "log"):
@@ -102,8 +108,8 @@ def _begun(case: Case, folder: Path, quick: bool) -> Iterator[subprocess.Popen[s
 def _rows(name: str, limit: int, worker: subprocess.Popen[str], log: Path) -> Iterator[dict[str, Any]]:
     assert worker.stdin is not None and worker.stdout is not None
     worker.stdout.readline()  # it is ready, or has ended
-    late = threading.Timer(limit, worker.kill)
-    late.start()
+    late, over = threading.Event(), threading.Timer(limit, lambda: (late.set(), worker.kill()))
+    over.start()
     with suppress(BrokenPipeError):
         worker.stdin.write("\n")
         worker.stdin.close()
@@ -111,13 +117,30 @@ def _rows(name: str, limit: int, worker: subprocess.Popen[str], log: Path) -> It
         if line.startswith("{"):
             yield _row(name, json.loads(line))
     status = worker.wait()
-    late.cancel()
+    over.cancel()
     said = log.read_text()
     print(said if len(said) < 16000 else f"{said[:8000]}\n…\n{said[-8000:]}", file=sys.stderr, flush=True)
     if status != 0:
-        errors = [line for line in said.splitlines() if "Error" in line] or [f"it ended with status {status}"]
-        why = f"it took more than {limit} s" if status == -signal.SIGKILL else errors[-1][:300]
+        why = f"it took more than {limit} s" if late.is_set() else _ended(status, said)
         yield row(name, SHAPE, [], status=f"wrong: {why}")
+
+
+def _ended(status: int, said: str) -> str:
+    """How a run ended that failed by itself: its last error, or the signal that ended it without a word."""
+    errors = [line for line in said.splitlines() if "Error" in line]
+    if status == -signal.SIGKILL:  # by the kernel, where the host's memory ran out, or by somebody
+        return "it was killed (SIGKILL): the host's memory may have run out"
+    return errors[-1][:300] if errors else f"it ended with status {status}"
+
+
+def _lacking(case: Case) -> str | None:
+    """What this machine lacks for a case; None: nothing."""
+    if any("name: vllm" in key for key in case.keys):
+        try:
+            check_version("bench memory")
+        except UserError as error:
+            return str(error).splitlines()[0]
+    return None
 
 
 def _row(name: str, told: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from ilr_kernels.chunks import held_bytes, rows_of
 
 from ilr_fast.activations import Activations, How, Recompute, activations, forward_bytes
 from ilr_fast.config import AgentConfig, Config, EngineConfig
-from ilr_fast.engines.step_size import LOGITS, prompt_tokens
+from ilr_fast.engines.step_size import logit_rows, prompt_tokens
 from ilr_fast.model_shape import ModelShape
 
 GIB = 2**30
@@ -181,7 +181,7 @@ def _engine(agent: AgentConfig, shape: ModelShape, size: int, use: Use) -> int:
         copy = shape.count() * size if agent.engine.weights == "copy" else 0
         logits = min(slots, 1024) * vocabulary * (size + 12)
         return copy + max(forward_bytes(shape, VLLM_TOKENS, size=size), logits)
-    rows = min(slots, max(1, LOGITS[use.device] // vocabulary))
+    rows = min(slots, logit_rows(use.device, vocabulary))
     tokens = prompt_tokens(use.device, shape.intermediate) + slots
     prompts = forward_bytes(shape, tokens, size=size, adapters=agent.train == "lora")
     return rows * vocabulary * (size + 16) + max(prompts, _attending(agent, shape, size, use)) + _unpacked(

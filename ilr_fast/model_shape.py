@@ -33,12 +33,13 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """`sizes`: numbers of each parameter, a tied one once. `linears` are all linear layers but the LM head.
+    """`architecture`: transformers' class. `sizes`: numbers of each parameter, a tied one once. `linears` are all linear layers but the LM head.
 
     `query` and `key` are the widths of all query and of all key heads of a layer; widths of layers that differ are the
     largest. `positions` is the longest context, None where the model names none.
     """
 
+    architecture: str
     sizes: tuple[int, ...]
     linears: tuple[Matrix, ...]
     head: Matrix
@@ -104,6 +105,7 @@ def shape_of(config: Any) -> ModelShape:
     ]  # fmt: skip
     text = config.get_text_config()
     return ModelShape(
+        architecture=type(model).__name__,
         sizes=tuple(p.numel() for p in model.parameters()),
         linears=tuple(linears),
         head=Matrix(names[id(head)], *head.weight.shape),

@@ -15,6 +15,7 @@ from ilr_fast.card import card_memory, host_memory
 from ilr_fast.config import Config
 from ilr_fast.config_parse import load_config, to_tree, walk_values
 from ilr_fast.data import check_tasks
+from ilr_fast.engines.exact_families import check_family
 from ilr_fast.errors import UserError
 from ilr_fast.fill_in import Remedy, fill_in, remedies
 from ilr_fast.memory import GIB
@@ -44,8 +45,13 @@ def plan_command(path: str, overrides: Sequence[str], gpu_memory: str | None) ->
 
 
 def shapes_of(config: Config) -> dict[str, ModelShape]:
-    """Each agent's model's shape."""
-    return {name: model_shape(agent.model, f"agents.{name}.model") for name, agent in config.agents.items()}
+    """Each agent's model's shape; UserError for one that its engine can't run exactly, where that is asked."""
+    found = {}
+    for name, agent in config.agents.items():
+        found[name] = model_shape(agent.model, f"agents.{name}.model")
+        if agent.engine.exact:
+            check_family(found[name].architecture, f"agents.{name}")
+    return found
 
 
 def machine_at_hand() -> Machine:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -34,6 +36,25 @@ def test_a_whole_run_tells_its_steps_and_one_that_fails_says_how(tmp_path, monke
     step, failed = rows_of("memory", tmp_path)
     assert step["variant"] == "runs: step 1" and step["phases"]["swap"] > 0 and step["tokens"]["generated"] > 0
     assert failed["variant"] == "fails" and "no grader called 'none'" in failed["status"]
+
+
+@pytest.mark.parametrize(("code", "said"), [("import time; time.sleep(60)", "more than 0.3 s"),
+                                            ("import os; os.kill(os.getpid(), 9)", "it was killed (SIGKILL)"),
+                                            ("raise SystemExit(3)", "status 3")])  # fmt: skip
+def test_a_run_that_took_too_long_is_told_from_one_that_was_killed(code, said, tmp_path):
+    command = [sys.executable, "-c", f"print('ready', flush=True); input(); {code}"]
+    (tmp_path / "log").touch()
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    (row,) = memory._rows("run", 0.3 if "sleep" in code else 30, worker, tmp_path / "log")
+    assert row["status"].startswith("wrong: it ") and said in row["status"]
+
+
+def test_a_run_with_vllm_is_left_out_where_there_is_none(tmp_path, monkeypatch):
+    monkeypatch.setattr("ilr_fast.engines.vllm_core._version", lambda package: None)
+    monkeypatch.setenv("ILR_MEMORY_CASES", "vLLM, a whole run")
+    assert main(["bench", "memory", "--quick", "--out", str(tmp_path)]) == 0
+    (row,) = rows_of("memory", tmp_path)
+    assert row["ms"] is None and "vLLM is not installed" in row["status"]
 
 
 def test_layers_are_planned_for_each_way_to_compute_again(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from ilr_fast.attention import packed_forward
 from ilr_fast.config import AgentConfig, Config, EngineConfig, LoraConfig, LossConfig, OptimizerConfig
 from ilr_fast.engines.cache import CachePlan, Piece, SlotCache
 from ilr_fast.engines.embedded import EmbeddedEngine
-from ilr_fast.engines.step_size import prompt_tokens
+from ilr_fast.engines.step_size import logit_rows, prompt_tokens
 from ilr_fast.memory import Use, agent_memory, weight_size
 from ilr_fast.model_shape import model_shape, shape_of
 
@@ -158,7 +158,8 @@ def test_a_step_of_the_embedded_engine_is_planned_as_it_is_cut(tmp_path):
     engine = EmbeddedEngine(trainer.model, trainer.tokenizer, slots=4)
     assert engine._batcher._budget == prompt_tokens("cpu", 48) == 1024
     budgets = [prompt_tokens("cuda", width) for width in (1536, 8960, 14336, 2**20)]
-    assert budgets[0] == 8192 > budgets[1] > budgets[2] > budgets[3] == 1024
+    assert logit_rows("mps", 1000) == logit_rows("cuda", 1000) > logit_rows("cpu", 1000)
+    assert prompt_tokens("xpu", 1536) == budgets[0] == 8192 > budgets[1] > budgets[2] > budgets[3] == 1024
     llama = shape_of(small_model("llama", intermediate_size=14336).config)
     configs = [agent(train="lora", dtype="bfloat16", engine=EngineConfig(slots=slots)) for slots in (4, 64)]
     narrow, wide = (memory_of(config, llama, Use("cuda", 2048)).engine for config in configs)

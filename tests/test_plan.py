@@ -262,12 +262,21 @@ def test_the_command(tmp_path, capfd, gib, status):
 
 @pytest.mark.parametrize(
     ("key", "said"), [("agents.qwen.device=cuda:3", "no device cuda:3"), ("reward.name=maths", "math"),
-                      ("agents.qwen.device=gpu", "no device gpu"), ("data.test=task:sum", "'sums'")]
+                      ("agents.qwen.device=gpu", "no device gpu"), ("data.test=task:sum", "'sums'"),
+                      ("data={train: 'task:sums', validation: 'task:sums', test: 'task:sums', task_options: {lowr: 3}}",
+                       "did you mean 'low'")]
 )  # fmt: skip
 def test_the_command_refuses_what_training_would(key, said, monkeypatch, capfd):
     monkeypatch.setattr("ilr_fast.plan_command.machine_at_hand", lambda: machine(22))
     assert main(["plan", str(PAIR), key]) == 2
     assert said in capfd.readouterr().err
+
+
+def test_the_command_refuses_an_exact_engine_for_a_family_that_has_none(tmp_path, capfd):
+    bob = save_models(tmp_path) / "bob"
+    keys = [f"agents.qwen.model={bob}", "agents.qwen.engine={name: vllm, exact: true}"]
+    assert main(["plan", str(PAIR), "--gpu-memory", "24GiB", *keys]) == 2
+    assert "no exact forward pass for Gemma3ForCausalLM" in capfd.readouterr().err
 
 
 def test_training_refuses_what_does_not_fit_before_anything_is_loaded(tmp_path, monkeypatch, capfd):

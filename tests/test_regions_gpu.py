@@ -75,6 +75,19 @@ def test_what_is_not_kept_comes_back_as_zeros_and_the_rest_stays(region):
     assert int(cache.max()) == 0 and int(other.sum()) == 9 * MIB
 
 
+def test_a_region_that_the_card_has_no_room_for_leaves_nothing_behind(region):
+    kept = torch.empty(SIZE, dtype=torch.uint8, device="cuda")
+    del kept  # torch keeps it, and vLLM's allocator could not ask for it
+    with pytest.raises(torch.OutOfMemoryError), region.filling():
+        torch.empty(torch.cuda.get_device_properties(0).total_memory, dtype=torch.uint8, device="cuda")
+    assert region.bytes == 0 and region.release(keep=True) == 0
+    with region.filling():
+        weights = torch.full((SIZE,), 5, dtype=torch.uint8, device="cuda")
+    region.release(keep=True)
+    region.restore()
+    assert int(weights.min()) == int(weights.max()) == 5
+
+
 def test_no_memory_to_wake_into_is_said_and_can_be_tried_again(region):
     from ilr_fast.engines.device_memory import OutOfMemory
 

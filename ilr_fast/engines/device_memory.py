@@ -48,6 +48,10 @@ class Driver(Protocol):
         """Bytes that are free on the device."""
         ...
 
+    def forget_failure(self) -> None:
+        """After memory that torch asked for was not there: what is asked for next is answered anew."""
+        ...
+
 
 class CudaDriver:
     """A CUDA device, by vLLM's and torch's functions."""
@@ -80,6 +84,11 @@ class CudaDriver:
     def free(self) -> int:
         """See Driver."""
         return torch.cuda.mem_get_info(self._device)[0]
+
+    def forget_failure(self) -> None:
+        """See Driver. vLLM's allocator keeps its last error, and fails, until a call from Python has reported one."""
+        with contextlib.suppress(RuntimeError):
+            self._cumem.create_and_map((0, 0, 0, 0))  # no size, which CUDA refuses
 
 
 def pinned(size: int) -> torch.Tensor:

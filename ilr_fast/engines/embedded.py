@@ -39,7 +39,7 @@ from ilr_fast.engines.cache import CachePlan, SlotCache
 from ilr_fast.engines.driver import Driver
 from ilr_fast.engines.mistakes import failure_of, mistake_of
 from ilr_fast.engines.sampler import sample
-from ilr_fast.engines.step_size import LOGITS, prompt_tokens
+from ilr_fast.engines.step_size import logit_rows, prompt_tokens
 from ilr_fast.engines.stops import Decoder, StopStrings
 from ilr_fast.types import FinishReason, Generation, Residence, Sampling
 
@@ -180,7 +180,7 @@ class EmbeddedEngine:
         return list(row_of), hidden_RD, list(row_of.values())
 
     def _sample(self, requests: list[Request], hidden_RD: Tensor, row_of: list[int]) -> None:
-        at_once = max(1, LOGITS[hidden_RD.device.type] // lm_head_of(self._model).weight.shape[0])
+        at_once = logit_rows(hidden_RD.device.type, lm_head_of(self._model).weight.shape[0])
         for start in range(0, len(requests), at_once):
             part, part_rows = requests[start : start + at_once], row_of[start : start + at_once]
             with torch.inference_mode():

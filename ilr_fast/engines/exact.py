@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ilr_fast.attention import base_model_of, lm_head_of
+from ilr_fast.engines.exact_families import check_family
 from ilr_fast.engines.vllm_attention import engines_kernel, kernel_of
 from ilr_fast.engines.vllm_core import Core
 from ilr_fast.engines.vllm_logps import TrainersLogps
@@ -30,7 +31,6 @@ from ilr_fast.flash_attention import RaggedKernel
 
 # Rows of a step: what CUDA graphs of decoding steps have, and some prompts.
 CHECKED_ROWS = (1, 2, 4, 7, 8, 16, 32, 48, 64, 96, 100, 128, 192, 200, 256, 384, 400, 512, 800, 1600, 3200, 6400)
-FAMILIES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
 def trainers_kernel(model: Any, core: Core, exact: bool, where: str) -> RaggedKernel | None:
@@ -50,10 +50,7 @@ def exact_kernel(model: Any, engine_model: Any, where: str) -> RaggedKernel | No
 
     UserError for a family that is not known here, and where cuBLAS's sums depend on the number of rows.
     """
-    kind = type(engine_model).__name__
-    if kind not in FAMILIES:
-        known = ", ".join(name.removesuffix("ForCausalLM") for name in FAMILIES)
-        raise UserError(f"no exact forward pass for {kind}", f"{where}.engine.exact", f"it is there for {known}")
+    check_family(type(engine_model).__name__, where)
     layer = engine_model.model.layers[0]
     if not _products_agree(layer):
         remedy = "leave it out on this card, or with this version of cuBLAS"

@@ -108,6 +108,7 @@ class Region:
         """While open, what torch allocates on the device lies in the region."""
         from vllm.device_allocator.cumem import use_memory_pool_with_allocator
 
+        torch.cuda.empty_cache()  # what torch keeps of freed memory it would not give up for a pool of this kind
         with _plain_segments(), use_memory_pool_with_allocator(_taken, _freed) as (pool, allocator):
             _immortal(allocator)
             self._pools.append(pool)
@@ -117,6 +118,7 @@ class Region:
                 yield
             finally:
                 _filling.pop()
+                self._drop_what_failed()
         self._driver.synchronize()
         for segment, blocks in self._snapshot():
             if not blocks:  # what only the loading took
@@ -174,6 +176,17 @@ class Region:
         self._driver.synchronize()
         return sum(s.size for s in missing)
 
+    def _drop_what_failed(self) -> None:
+        """Segments that torch did not get, for lack of memory: nothing is mapped under their addresses."""
+        got = {found["address"] for pool in self._pools for found in pool.snapshot()}
+        failed = [s for s in self._segments if not s.dead and not (s.address in got and _segments[s.address] is s)]
+        for segment in failed:
+            self._segments.remove(segment)
+            if _segments.get(segment.address) is segment:
+                del _segments[segment.address]
+        if failed:
+            self._driver.forget_failure()
+
     def _moving(self) -> list[_Segment]:
         return [s for s in self._segments if s.moves and not s.dead]
 
@@ -212,9 +225,9 @@ def _taken(handle: Handle) -> None:
 def _freed(address: int) -> Handle:
     """torch frees a segment, whose memory is unmapped right after this: it must be there. Nothing may be raised."""
     segment = _segments.pop(address)
-    segment.driver.synchronize()
-    if not segment.mapped:
-        with contextlib.suppress(RuntimeError):
+    with contextlib.suppress(RuntimeError):
+        segment.driver.synchronize()
+        if not segment.mapped:
             segment.driver.map(segment.handle)
     segment.mapped, segment.dead = False, True
     return segment.handle

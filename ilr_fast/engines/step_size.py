@@ -6,12 +6,22 @@ card; on the CPU smaller ones stay in its caches.
 
 from __future__ import annotations
 
-LOGITS = {"cpu": 1 << 24, "cuda": 1 << 25}  # rows × vocabulary in one buffer: 64 and 128 MiB in float32
-TOKENS = {"cpu": 1024, "cuda": 8192}
+_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 25}  # rows × vocabulary in one buffer: 64 and 128 MiB in float32
+_TOKENS = {"cpu": 1024, "cuda": 8192}
 WIDEST = 1 << 25  # numbers of an MLP's inner activations, on a GPU: 64 MiB in bfloat16
 
 
+def logit_rows(device: str, vocabulary: int) -> int:
+    """Rows of logits that are held at once on a device of this type (`torch.device.type`)."""
+    return max(1, _LOGITS[_kind(device)] // vocabulary)
+
+
 def prompt_tokens(device: str, intermediate: int) -> int:
-    """Prompt tokens of one step, on `cpu` or `cuda`, for MLPs of so many inner features."""
-    most = TOKENS[device]
+    """Prompt tokens of one step on a device of this type, for MLPs of so many inner features."""
+    most = _TOKENS[_kind(device)]
     return most if device == "cpu" else min(most, max(1024, WIDEST // intermediate))
+
+
+def _kind(device: str) -> str:
+    """Any accelerator (`mps`, `xpu`) is taken for a GPU."""
+    return "cpu" if device == "cpu" else "cuda"
