@@ -55,6 +55,7 @@ VLLM = tuple(
     f"agents.{name}.engine={{name: vllm, slots: 32, max_context: 2048, cache_gib: 2, sleep: turns}}"
     for name in ("llama", "qwen")
 )
+WHOLE = "steps=2", "rollout.questions=1", "rollout.max_tokens=192", "rollout.peer_tokens=128"  # 48 turns a step
 
 CASES = {
     "GRPO, 8B, LoRA, 8,192 tokens": Case("24gb/grpo_8b_lora.yaml", 2, 16),
@@ -64,8 +65,9 @@ CASES = {
     "GRPO, 3B, full": Case("24gb/grpo_3b_full.yaml", 8, 24),
     "ILR, 1.5B and 1.7B, full, kernels of an RTX 4090": Case("24gb/ilr_two_1.5b_full.yaml", 8, 24, ada=True),
     "ILR, 8B and 7B, LoRA, by turns, vLLM, a whole run": Case(
-        "24gb/ilr_8b_7b_lora.yaml", limit=150, keys=(*VLLM, "steps=2", "rollout.questions=1")
+        "24gb/ilr_8b_7b_lora.yaml", limit=200, keys=(*VLLM, *WHOLE)
     ),
+    "ILR, 8B and 7B, QLoRA, a whole run": Case("24gb/ilr_8b_7b_qlora.yaml", limit=200, keys=WHOLE),
 }
 
 

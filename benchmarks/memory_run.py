@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from ilr_fast.train import train
 # Few questions that need no data set, and nothing measured before and after.
 TASK = [
     *(f"data.{split}=task:largest" for split in ("train", "validation", "test")),
-    "data.train_size=64", "data.validation_size=8", "data.test_size=8", "prompts.file=short", "interaction=none",
+    "data.train_size=64", "data.validation_size=2", "data.test_size=8", "prompts.file=short", "interaction=none",
     "reward.name=ilr_benchmarks.coin:Coin", "evaluate.base=false", "log.tensorboard=false", "checkpoint.every=null",
 ]  # fmt: skip
 QUICK = ["rollout.max_tokens=6", "rollout.peer_tokens=6"]
@@ -54,13 +55,17 @@ def main(asked: dict[str, Any]) -> None:
 
 
 def _follow(file: Path, planned: int, over: threading.Event) -> None:
-    """Prints each step as it is logged, so that a run that is ended has told what it did."""
-    told, last = 0, False
+    """Prints each step as it is logged, so that a run that is ended has told what it did, and how long it loaded."""
+    told, last, begun = 0, False, time.perf_counter()
     while not last:
         last = over.wait(0.5)
         lines = file.read_text().splitlines() if file.is_file() else []
         for line in lines[told:]:
-            print(json.dumps(_told(json.loads(line), planned)), flush=True)
+            row = json.loads(line)
+            if row["step"] == 1:
+                loaded = time.perf_counter() - begun - row["seconds"]["total"]
+                print(json.dumps({"phase": "start", "seconds": [round(loaded, 1)]}), flush=True)
+            print(json.dumps(_told(row, planned)), flush=True)
         told = len(lines)
 
 

@@ -33,7 +33,8 @@ def test_a_whole_run_tells_its_steps_and_one_that_fails_says_how(tmp_path, monke
     cases = {"runs": memory.Case(config, keys=keys), "fails": memory.Case(config, keys=(*keys, "reward.name=none"))}
     monkeypatch.setattr(memory, "CASES", cases)
     assert main(["bench", "memory", "--quick", "--out", str(tmp_path)]) == 1
-    step, failed = rows_of("memory", tmp_path)
+    start, step, failed = rows_of("memory", tmp_path)
+    assert start["variant"] == "runs: start" and start["ms"] > 0
     assert step["variant"] == "runs: step 1" and step["phases"]["swap"] > 0 and step["tokens"]["generated"] > 0
     assert failed["variant"] == "fails" and "no grader called 'none'" in failed["status"]
 
