@@ -33,7 +33,8 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """`architecture`: transformers' class. `sizes`: numbers of each parameter, a tied one once. `linears` are all linear layers but the LM head.
+    """`architecture`: transformers' class. `sizes`: numbers of each parameter, a tied one once. `linears` are all
+    linear layers but the LM head.
 
     `query` and `key` are the widths of all query and of all key heads of a layer; widths of layers that differ are the
     largest. `positions` is the longest context, None where the model names none.

@@ -8,7 +8,8 @@ FAMILIES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
 def check_family(architecture: str, where: str) -> None:
-    """UserError where `architecture`, a class of transformers, has no exact forward pass; `where` is the agent's path."""
+    """UserError where `architecture`, transformers' class, has no exact forward pass; `where`: the agent's path."""
     if architecture not in FAMILIES:
         known = ", ".join(name.removesuffix("ForCausalLM") for name in FAMILIES)
-        raise UserError(f"no exact forward pass for {architecture}", f"{where}.engine.exact", f"it is there for {known}")
+        what = f"no exact forward pass for {architecture}"
+        raise UserError(what, f"{where}.engine.exact", f"it is there for {known}")
