@@ -64,9 +64,7 @@ CASES = {
     "ILR, 8B and 7B, LoRA, by turns": Case("24gb/ilr_8b_7b_lora.yaml", 8, 24),
     "GRPO, 3B, full": Case("24gb/grpo_3b_full.yaml", 8, 24),
     "ILR, 1.5B and 1.7B, full, kernels of an RTX 4090": Case("24gb/ilr_two_1.5b_full.yaml", 8, 24, ada=True),
-    "ILR, 8B and 7B, LoRA, by turns, vLLM, a whole run": Case(
-        "24gb/ilr_8b_7b_lora.yaml", limit=200, keys=(*VLLM, *WHOLE)
-    ),
+    "ILR, 8B and 7B, LoRA, vLLM, a whole run": Case("24gb/ilr_8b_7b_lora.yaml", limit=200, keys=(*VLLM, *WHOLE)),
     "ILR, 8B and 7B, QLoRA, a whole run": Case("24gb/ilr_8b_7b_qlora.yaml", limit=200, keys=WHOLE),
 }
 
