@@ -9,6 +9,7 @@
 | `ilr_neither` | Idea3 alone: not calibrated, the neutral instruction |
 | `ilr_ratio_R` | a fixed share R of cooperation (0 to 1), drawn by seed |
 | `grpo` | each trained agent alone in a run of its own, with as many sampled turns: G × those of a dialogue *(ours)* |
+| `grpo_third` | `grpo` with G samples a question, a third of them: how many does it take? *(ours)* |
 | `cal_…` | what calibration does, by form of the reward and normalization; `calibration` names all eight |
 | `grpo_peer` | each trained agent in a run of its own; its frozen peers' solutions are shown, not rewarded *(ours)* |
 
@@ -46,7 +47,7 @@ RATIO = "ilr_ratio_"
 METHODS = ("ilr", "ilr_di", "ilr_pc", *(f"{RATIO}{ratio:g}" for ratio in RATIOS), "grpo", "grpo_peer")
 CALIBRATION = ("cal_binary", "cal_binary_reward", "cal_binary_advantage", "cal_graded", "cal_graded_reward",
                "cal_graded_advantage", "cal_dr_grpo", "cal_dr_grpo_reward")
-KNOWN = (*METHODS, "ilr_neither", *CALIBRATION)
+KNOWN = (*METHODS, "ilr_neither", "grpo_third", *CALIBRATION)
 GRADED = 0.1  # reward for the form, where the config gives none
 Train = Callable[..., Path]  # train(config, *, command) -> run folder
 
@@ -172,10 +173,10 @@ def _variant(config: Config, method: str) -> Iterator[tuple[str, Config]]:
         yield method, replace(ilr, interaction="ratio", cooperation_ratio=_ratio(method))
     elif method in CALIBRATION:
         yield method, replace(_calibrated(ilr, method.removeprefix("cal_")), method=method)
-    elif method in ("grpo", "grpo_peer"):
+    elif method in ALONE:
         for name, agent in config.agents.items():
             if agent.train != "none":
-                yield f"{method}-{name}", (_alone if method == "grpo" else _before_frozen_peers)(ilr, name)
+                yield f"{method}-{name}", ALONE[method](ilr, name)
     else:
         raise UserError(f"no method is called {method!r}", "--methods", nearest(method, KNOWN))
 
@@ -215,6 +216,11 @@ def _alone(config: Config, name: str) -> Config:
     )
 
 
+def _a_third(config: Config, name: str) -> Config:
+    """Plain GRPO of one agent with as many samples as there are dialogues."""
+    return replace(_alone(config, name), rollout=config.rollout, method="grpo_third")
+
+
 def _before_frozen_peers(config: Config, name: str) -> Config:
     """One agent learns from its own rewards alone while its peers, as they are, show their solutions."""
     agents = {other: agent if other == name else replace(agent, train="none") for other, agent in config.agents.items()}
@@ -225,6 +231,10 @@ def _before_frozen_peers(config: Config, name: str) -> Config:
         reward=replace(config.reward, stage_reward="own"),
         credit=replace(config.credit, calibrate="none"),
     )
+
+
+# One agent learns, in a run of its own.
+ALONE = {"grpo": _alone, "grpo_third": _a_third, "grpo_peer": _before_frozen_peers}
 
 
 def _check_folder(variant: Variant) -> None:

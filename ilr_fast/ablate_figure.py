@@ -16,12 +16,12 @@ from typing import Any
 
 # Told apart with any colour vision (Okabe and Ito); cooperation ratios share one hue.
 COLOURS = {
-    "base": "#555555", "grpo": "#000000", "grpo_peer": "#56B4E9", "ilr": "#0072B2", "ilr_di": "#D55E00",
-    "ilr_pc": "#009E73", "ilr_neither": "#CC79A7",
+    "base": "#555555", "grpo": "#000000", "grpo_peer": "#56B4E9", "grpo_third": "#999999", "ilr": "#0072B2",
+    "ilr_di": "#D55E00", "ilr_pc": "#009E73", "ilr_neither": "#CC79A7",
 }  # fmt: skip
 OTHER = "#E69F00"
 FIRST = ("accuracy.single", "accuracy.sharing")  # an agent's own first answer, alone or in a dialogue
-CURVES = ("grpo", "grpo_peer", "ilr_pc", "ilr_di", "ilr")
+CURVES = ("grpo", "grpo_third", "grpo_peer", "ilr_pc", "ilr_di", "ilr")
 
 
 def can_draw() -> bool:

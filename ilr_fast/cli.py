@@ -184,7 +184,8 @@ def _show(options: argparse.Namespace) -> None:
 def _add_ablate(parser: argparse.ArgumentParser) -> None:
     _add_config(parser)
     parser.add_argument("--methods", default=None, help="which, by commas: ilr, ilr_di, ilr_pc, ilr_neither, "
-                        "ilr_ratio_R, grpo, grpo_peer; default: all but ilr_neither, R = 0, 0.25, 0.5, 0.75, 1")
+                        "ilr_ratio_R, grpo, grpo_peer, grpo_third; default: all but ilr_neither and grpo_third, "
+                        "R = 0, 0.25, 0.5, 0.75, 1")
     parser.add_argument("--seeds", default=None, help="a run of each for every one of these seeds, by commas")
     parser.add_argument("--jobs", type=int, default=1, help="so many runs at a time, each in a process (default 1)")
 

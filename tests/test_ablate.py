@@ -85,6 +85,13 @@ def test_grpo_is_alone_with_as_many_turns_and_few_shot_is_measured_once(tmp_path
     assert {v.name: v.config.credit.calibrate for v in variants(none)}["ilr"] == "reward"
 
 
+def test_a_third_of_the_samples(tmp_path):
+    grpo, third = (variants(config(tmp_path), [name])[1].config for name in ("grpo", "grpo_third"))
+    assert third.rollout.samples == 4 and grpo.rollout.samples == 12 and list(third.agents) == ["gemma"]
+    assert variants(config(tmp_path), ["grpo_third"])[1].method == "grpo_third" == third.method
+    assert replace(third, run=grpo.run, rollout=grpo.rollout, method=None) == grpo
+
+
 def test_a_peer_that_only_talks_has_no_grpo_run(tmp_path):
     agents = {"a": AgentConfig(model="m"), "b": AgentConfig(model="n", train="none")}
     assert [v.name for v in variants(config(tmp_path, agents=agents))][8:] == ["grpo-a", "grpo_peer-a"]

@@ -19,7 +19,7 @@ from ilr_fast.report.runs import Row, Run, asks_anew, dig, mapping
 from ilr_fast.statistics import Interval, PairedDifference
 from ilr_fast.statistics_runs import Outcomes, accuracy_over_runs, difference_over_runs
 
-METHODS = ("base", "base_few_shot", "grpo", "grpo_peer", "ilr_neither", "ilr_pc", "ilr_di", "ilr_ratio_0",
+METHODS = ("base", "base_few_shot", "grpo", "grpo_third", "grpo_peer", "ilr_neither", "ilr_pc", "ilr_di", "ilr_ratio_0",
            "ilr_ratio_0.25", "ilr_ratio_0.5", "ilr_ratio_0.75", "ilr_ratio_1", "ilr")
 REFERENCES = ("base", "base_few_shot", "grpo")
 
