@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ilr_fast import __version__
+from ilr_fast.durable import check_writable
 from ilr_fast.errors import RunError, UserError, nearest
 
 Command = Callable[[argparse.Namespace], None]
@@ -151,7 +152,7 @@ def _eval(options: argparse.Namespace) -> None:
         modes=_list(options.mode),
         samples=options.samples,
         limit=options.limit,
-        out=options.out,
+        out=_place(options.out, "--out"),
         overrides=options.set,
     )
 
@@ -165,7 +166,7 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 def _report(options: argparse.Namespace) -> None:
     from ilr_fast.report import report
 
-    out, figures = (Path(given) if given else None for given in (options.out, options.figures))
+    out, figures = _place(options.out, "--out"), _place(options.figures, "--figures")
     report([Path(run) for run in options.runs], out=out, figures=figures)
 
 
@@ -216,7 +217,7 @@ def _difficulty(options: argparse.Namespace) -> None:
     questions = _whole(str(options.questions), "--questions", least=2)
     samples = _whole(str(options.samples), "--samples", least=1)
     difficulty_study(load_config(options.config, options.overrides), questions=questions, samples=samples,
-                     out=Path(options.out) if options.out else None, command=_command_line())
+                     out=_place(options.out, "--out"), command=_command_line())
 
 
 def _add_get_model(parser: argparse.ArgumentParser) -> None:
@@ -244,15 +245,22 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 def _bench(options: argparse.Namespace) -> None:
     from ilr_benchmarks.bench import bench
 
-    out = Path(options.out) if options.out else None
-    bench(options.names, rounds=options.rounds, out=out, quick=options.quick, only_ours=options.only_ours,
-          command=_command_line(), commit=options.commit, draw=not options.no_figures)
+    bench(options.names, rounds=options.rounds, out=_place(options.out, "--out"), quick=options.quick,
+          only_ours=options.only_ours, command=_command_line(), commit=options.commit, draw=not options.no_figures)
 
 
 def _whole(text: str, option: str, least: int = 0) -> int:
     if not text.isdecimal() or int(text) < least:
         raise UserError(f"{text!r} is no whole number of at least {least}", option, "give such a number")
     return int(text)
+
+
+def _place(text: str | None, option: str) -> Path | None:
+    """Where an option wants its output; UserError where that can't be written."""
+    if text is None:
+        return None
+    check_writable(Path(text), option)
+    return Path(text)
 
 
 def _list(text: str) -> list[str]:

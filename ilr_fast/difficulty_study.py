@@ -54,6 +54,7 @@ def difficulty_study(
         raise UserError("fewer than two questions", "--questions", "ask for more: a ranking compares them")
     found = {"command": command, **environment(command), "agents": _measure(ready, asked, samples)}
     if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         write_text(out, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     _print(found["agents"], console or Console())
     return found

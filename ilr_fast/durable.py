@@ -139,5 +139,14 @@ def disk_errors(path: Path, remedy: str) -> Iterator[None]:
         raise
 
 
+def check_writable(path: Path, where: str) -> None:
+    """UserError, before anything is done for it, where `path` can't become a folder or a file; makes nothing."""
+    there = _existing(path)
+    if there != path and not there.is_dir():
+        raise UserError(f"{there} is a file, not a folder", f"{where} {path}", "name another place")
+    if not os.access(there, os.W_OK):
+        raise UserError("it can't be written", f"{where} {path}", "name a place of yours")
+
+
 def _existing(path: Path) -> Path:
     return next(p for p in (path, *path.absolute().parents) if p.exists())

@@ -48,7 +48,7 @@ def evaluate_command(
     modes: Sequence[str] = ("single",),
     samples: int = 1,
     limit: int | None = None,
-    out: str | None = None,
+    out: Path | None = None,
     overrides: Sequence[str] = (),
     console: Console | None = None,
 ) -> list[Mapping[str, Any]]:
@@ -122,10 +122,10 @@ def _measure(team: Team, paper: Paper, seating: Seating, samples: int, progress:
         )  # fmt: skip
 
 
-def _record(result: Evaluation, seating: Seating, out: str | None) -> None:
+def _record(result: Evaluation, seating: Seating, out: Path | None) -> None:
     """All rows to `out`; without it each run's own to its folder, under the run's names."""
     if out is not None:
-        record(Path(out), _renamed(result, {name: shown for name, (_, _, shown) in seating.members.items()}))
+        record(out, _renamed(result, {name: shown for name, (_, _, shown) in seating.members.items()}))
         return
     folders: dict[Path, dict[str, str]] = {}
     for name, (target, agent, _) in seating.members.items():
@@ -152,8 +152,8 @@ def _renamed(result: Evaluation, names: Mapping[str, str]) -> Evaluation:
     return Evaluation(change(result.rows), {file: rows for file, rows in outcomes.items() if rows})
 
 
-def _say_where(console: Console, targets: Sequence[Target], out: str | None) -> None:
-    places = [out] if out is not None else [str(t.folder) for t in targets if t.folder is not None]
+def _say_where(console: Console, targets: Sequence[Target], out: Path | None) -> None:
+    places = [str(out)] if out is not None else [str(t.folder) for t in targets if t.folder is not None]
     if places:
         console.print(f"recorded in {', '.join(places)}", highlight=False, markup=False, soft_wrap=True)
     if out is None and any(t.folder is None for t in targets):

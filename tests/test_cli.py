@@ -156,6 +156,18 @@ def test_mistakes_on_the_command_line(arguments, parts, told, no_weights):
     assert all(part in message for part in parts), message
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [["report", "RUN", "--out"], ["report", "RUN", "--figures"], ["eval", "RUN", "--benchmarks", "test", "--out"],
+     ["difficulty", "RUN/config.yaml", "--out"], ["bench", "graders", "--quick", "--out"]],
+)  # fmt: skip
+def test_a_place_that_cant_be_written_is_refused_before_anything_is_done(tmp_path, arguments, told, no_weights):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "config.yaml").write_text("protocol: single\nagents: {ada: {model: ada}}\ndata: {train: a, validation: a, test: a}\n")
+    assert main([*(a.replace("RUN", str(tmp_path)) for a in arguments), str(tmp_path / "file" / "out")]) == 2
+    assert f"{tmp_path / 'file'} is a file, not a folder" in told()
+
+
 def test_debug_shows_the_traceback(tmp_path):
     with pytest.raises(ValueError, match="nowhere"):
         main(["train", str(tmp_path / "nowhere.yaml"), "--debug"])

@@ -95,7 +95,7 @@ def test_models_by_folder_are_only_recorded_where_asked(models, questions, tmp_p
     ]  # fmt: skip
     assert "not recorded" in printed
     one = [text for text in options["overrides"] if "gemma3" not in text]
-    run_command([models / "llama"], out=str(tmp_path / "kept"), **options | {"overrides": one})
+    run_command([models / "llama"], out=tmp_path / "kept", **options | {"overrides": one})
     assert [r["agent"] for r in results(tmp_path / "kept")] == ["llama"]
 
 

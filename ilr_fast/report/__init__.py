@@ -33,6 +33,7 @@ def report(
     path = out or runs[0] / "report.html"
     page, drawn = render_page(content)
     with disk_errors(path, "free some space, or give the page another place"):
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, page)
     if figures is not None:
         with disk_errors(figures, "free some space, or give the figures another folder"):
