@@ -163,7 +163,8 @@ def test_mistakes_on_the_command_line(arguments, parts, told, no_weights):
 )  # fmt: skip
 def test_a_place_that_cant_be_written_is_refused_before_anything_is_done(tmp_path, arguments, told, no_weights):
     (tmp_path / "file").write_text("")
-    (tmp_path / "config.yaml").write_text("protocol: single\nagents: {ada: {model: ada}}\ndata: {train: a, validation: a, test: a}\n")
+    data = "data: {train: a, validation: a, test: a}"
+    (tmp_path / "config.yaml").write_text(f"protocol: single\nagents: {{ada: {{model: ada}}}}\n{data}\n")
     assert main([*(a.replace("RUN", str(tmp_path)) for a in arguments), str(tmp_path / "file" / "out")]) == 2
     assert f"{tmp_path / 'file'} is a file, not a folder" in told()
 
