@@ -69,8 +69,7 @@ def largest(
 def sums(seed: int, *, low: int = 1, high: int = 99, numbers: int = 2, words: bool = False) -> Iterator[Question]:
     """What is 12 + 7 + 30? The solution adds one number after the other: 12 + 7 = 19, 19 + 30 = 49.
 
-    With `words` two sentences (about 51 tokens) say each: So far the sum is 12, and the next
-    number is 7. We add 7 to 12, and as 12 + 7 = 19, the sum of the first 2 numbers is now 19.
+    With `words` a sentence of 49 tokens says each: Step 1 of 2: we take what we have so far, …, so 12 + 7 = 19.
     """
     if high < low:
         raise ValueError(f"low = {low} lies above high = {high}")
@@ -83,15 +82,15 @@ def sums(seed: int, *, low: int = 1, high: int = 99, numbers: int = 2, words: bo
         steps = list(zip(totals, drawn[1:], totals[1:], strict=False))
         told = ", ".join(f"{a} + {b} = {c}" for a, b, c in steps)
         if words:
-            told = " ".join(_spoken(count, *step) for count, step in enumerate(steps, 2))
+            told = " ".join(_spoken(f"Step {at} of {numbers - 1}", *step) for at, step in enumerate(steps, 1))
         text = f"What is {' + '.join(map(str, drawn))}?"
         yield problem(text, str(totals[-1]), canonical=f"sum {sorted(drawn)}", solution=told)
 
 
-def _spoken(count: int, a: int, b: int, c: int) -> str:
+def _spoken(place: str, a: int, b: int, c: int) -> str:
     return (
-        f"So far the sum is {a}, and the next number is {b}. "
-        f"We add {b} to {a}, and as {a} + {b} = {c}, the sum of the first {count} numbers is now {c}."
+        f"{place}: we take what we have so far, look for the next number of the question that we did not use yet, "
+        f"and add the two of them together, so {a} + {b} = {c}."
     )
 
 
