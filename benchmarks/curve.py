@@ -2,7 +2,7 @@
 
     ilr-fast bench curve --rounds 3                 # one NVIDIA GPU with vLLM and TRL, three seeds; four minutes a seed
     python -m ilr_benchmarks.curve 2,3 --out DIR    # seeds side by side, added to DIR/curve.json: curves without times
-    python -m ilr_benchmarks.curve 1 --alone …      # both sides begin at once: ours trains while TRL is still starting
+    python -m ilr_benchmarks.curve 1 --alone …      # one after the other, with times: some seeds of what `bench` runs
 
 SmolLM2-135M-Instruct learns sums a + b of 1 to 50 from the bare prompt `Question: What is 12 + 7?\\nAnswer:`; an answer
 ends with its line, is right where its one number (the last one of an equation) is the sum, and earns 1 or 0. Both take
@@ -186,13 +186,13 @@ def main() -> None:
     parser.add_argument("seeds", help="separated by commas")
     parser.add_argument("--out", type=Path, required=True, help="folder of curve.json, whose other rows stay")
     parser.add_argument("--only", choices=(OURS, THEIRS))
-    parser.add_argument("--alone", action="store_true", help="nothing else is on the card: the times count")
+    parser.add_argument("--alone", action="store_true", help="one run at a time, nothing else on the card: times count")
     options = parser.parse_args()
     file, seeds = options.out / "curve.json", [int(seed) for seed in options.seeds.split(",")]
     runs = [(side, seed) for seed in seeds for side in ((options.only,) if options.only else (OURS, THEIRS))]
     before = json.loads(file.read_text())["rows"] if file.exists() else []
     found = [r for r in before if r["status"] != "compared" and (r["variant"], r["seed"]) not in runs]
-    with ThreadPoolExecutor(len(runs)) as threads:
+    with ThreadPoolExecutor(1 if options.alone else len(runs)) as threads:
         futures = [threads.submit(one_run, *run, quick=False, device="cuda", beside=not options.alone) for run in runs]
         for done in as_completed(futures):
             found.append(done.result())

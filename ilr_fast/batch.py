@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from ilr_fast.micro_batches import fill
-from ilr_fast.tree_plan import TreePlan, pack_sequences
+from ilr_fast.tree_plan import TreePlan, pack_sequences, to_device
 from ilr_fast.types import TrainingSequence, TrainingTurn
 
 
@@ -148,22 +148,28 @@ def _pack(sequences: Sequence[_Kept], device: torch.device, share: bool) -> Pack
     assert all(len(t.behavior_logps) == t.end - t.start for _, t, _, _ in turns), "one behavior log-prob for each token"
     lengths = [t.end - t.start for _, t, _, _ in turns]
 
-    def by_token(values: Iterable[float]) -> torch.Tensor:
-        return torch.from_numpy(np.repeat(np.fromiter(values, dtype=np.float32), lengths)).to(device)
+    def by_token(values: Iterable[float]) -> np.ndarray:
+        return np.repeat(np.fromiter(values, dtype=np.float32), lengths)
 
-    logps = np.fromiter(chain.from_iterable(t.behavior_logps for _, t, _, _ in turns), np.float32, sum(lengths))
-    return PackedBatch(
-        tokens_T=packed.tokens_T,
-        positions_T=packed.positions_T,
-        plan=packed.plan,
-        rows_N=torch.cat([index[t.start - 1 : t.end - 1] for _, t, _, index in turns]).to(device),
-        target_N=torch.from_numpy(np.concatenate([s.tokens[t.start : t.end] for s, t, _, _ in turns])).to(device),
-        advantage_N=by_token(t.advantage for _, t, _, _ in turns),
-        token_weight_N=by_token(weight for _, _, weight, _ in turns),
-        behavior_logp_N=torch.from_numpy(logps).to(device),
-        turn_N=torch.from_numpy(np.repeat(np.arange(len(turns)), lengths)).to(device),
-        token_N=torch.from_numpy(np.concatenate([_numbers(s) for s in sequences])).to(device),
+    rows_N, target_N, turn_N, token_N = to_device(
+        [
+            np.concatenate([index[t.start - 1 : t.end - 1].numpy() for _, t, _, index in turns]),
+            np.concatenate([s.tokens[t.start : t.end] for s, t, _, _ in turns]),
+            np.repeat(np.arange(len(turns)), lengths),
+            np.concatenate([_numbers(s) for s in sequences]),
+        ],
+        device,
     )
+    advantage_N, token_weight_N, behavior_logp_N = to_device(
+        [
+            by_token(t.advantage for _, t, _, _ in turns),
+            by_token(weight for _, _, weight, _ in turns),
+            np.fromiter(chain.from_iterable(t.behavior_logps for _, t, _, _ in turns), np.float32, sum(lengths)),
+        ],
+        device,
+    )
+    return PackedBatch(packed.tokens_T, packed.positions_T, packed.plan, rows_N, target_N, advantage_N, token_weight_N,
+                       behavior_logp_N, turn_N, token_N)  # fmt: skip
 
 
 def _numbers(sequence: _Kept) -> np.ndarray:

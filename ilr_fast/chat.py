@@ -49,6 +49,7 @@ class ChatFormat:
         self.tokenizer, self._where = tokenizer, where
         self._template = _load_template(tokenizer, template, where)
         self._skeletons: dict[tuple[tuple[Role, ...], bool], list[str] | None] = {}
+        self._last_first: tuple[tuple[Message, ...], tuple[int, ...]] | None = None
         shown = self._skeleton(("user", "assistant", "user"))
         if shown is None:
             raise self._broken("it must show a user's, an assistant's and a user's message once each, in their order")
@@ -66,6 +67,12 @@ class ChatFormat:
 
     def first(self, messages: Sequence[Message]) -> list[int]:
         """The tokens up to the agent's first turn: system, worked examples, first user message, generation prompt."""
+        asked = tuple(messages)
+        if self._last_first is None or asked != self._last_first[0]:  # all samples of a question begin with the same
+            self._last_first = asked, tuple(self._first(asked))
+        return list(self._last_first[1])
+
+    def _first(self, messages: Sequence[Message]) -> list[int]:
         messages = self._fold_system(messages)
         skeleton = self._skeleton(tuple(m.role for m in messages))
         if skeleton is None:

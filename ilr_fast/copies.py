@@ -86,9 +86,9 @@ class CopiedAdamW:
             group["lr"] = lr
         setattr(self.adamw, "grad_scale", _grad_scale(divisor, self.masters[0].device))  # noqa: B010 (unknown to mypy)
         self.adamw.step()
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if parameter is not master:
-                parameter.copy_(master)
+        changed = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if p is not m]
+        if changed:
+            torch._foreach_copy_([p for p, _ in changed], [m for _, m in changed])
 
     def forget_gradients(self) -> None:
         for parameter in self.masters:

@@ -12,8 +12,9 @@ that broke off) are masked, so groups are ragged. All groups of a step go throug
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
 from ilr_kernels.advantage import calibrated_advantage
 
@@ -32,40 +33,37 @@ def credit(scored: Sequence[Scored], agents: Sequence[str], config: CreditConfig
         config: where the peers' rewards enter and how a group is normalized.
     Returns: one record a dialogue; None marks a turn whose sample is left out (no reward, or a broken dialogue).
     """
-    rows = _rows(scored, agents)
+    keyed = {agent: [list(_rewards_by_key(one, agent)) for one in scored] for agent in agents}
+    rows = _rows(keyed)
     sample_of = _sample_indices(scored)
     shape = (len(agents), len(rows), max(sample_of, default=-1) + 1)
-    rewards_MQG, mask_MQG = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.bool)
+    rewards_MQG, mask_MQG = np.zeros(shape), np.zeros(shape, dtype=bool)
     for m, agent in enumerate(agents):
-        for one, g in zip(scored, sample_of, strict=True):
-            for key, reward in _rewards_by_key(one, agent):
+        for turns, g in zip(keyed[agent], sample_of, strict=True):
+            for key, reward in turns:
                 if reward is not None:
                     rewards_MQG[m, rows[key], g], mask_MQG[m, rows[key], g] = reward, True
+    calibrated_MQG = advantage_MQG = rewards_MQG.tolist()
     if mask_MQG.any():
-        calibrated_MQG, advantage_MQG = calibrated_advantage(
-            rewards_MQG,
-            mask_MQG,
+        found = calibrated_advantage(
+            torch.from_numpy(rewards_MQG),
+            torch.from_numpy(mask_MQG),
             calibrate=config.calibrate,
             calibrate_weight=config.calibrate_weight,
             normalize=config.advantage,
             eps=config.eps,
         )
-    else:
-        calibrated_MQG = advantage_MQG = rewards_MQG
+        calibrated_MQG, advantage_MQG = (values.tolist() for values in found)
 
-    def read(values_MQG: torch.Tensor, one: Scored, g: int) -> dict[str, tuple[float | None, ...]]:
+    def read(values_MQG: list, n: int) -> dict[str, tuple[float | None, ...]]:
         return {
             agent: tuple(
-                float(values_MQG[m, rows[key], g]) if reward is not None else None
-                for key, reward in _rewards_by_key(one, agent)
+                None if reward is None else values_MQG[m][rows[key]][sample_of[n]] for key, reward in keyed[agent][n]
             )
             for m, agent in enumerate(agents)
         }
 
-    return [
-        Credited(one, read(calibrated_MQG, one, g), read(advantage_MQG, one, g))
-        for one, g in zip(scored, sample_of, strict=True)
-    ]
+    return [Credited(one, read(calibrated_MQG, n), read(advantage_MQG, n)) for n, one in enumerate(scored)]
 
 
 def training_sequences(credited: Sequence[Credited], agent: str) -> list[TrainingSequence]:
@@ -116,12 +114,12 @@ def _rewards_by_key(one: Scored, agent: str) -> Iterator[tuple[GroupKey, float |
         seen[turn.stage] += 1
 
 
-def _rows(scored: Sequence[Scored], agents: Sequence[str]) -> dict[GroupKey, int]:
-    """The row of each (question, stage) in the order of first appearance."""
+def _rows(keyed: Mapping[str, Sequence[Sequence[tuple[GroupKey, float | None]]]]) -> dict[GroupKey, int]:
+    """The row of each (question, stage) in the order of first appearance, dialogue by dialogue."""
     rows: dict[GroupKey, int] = {}
-    for one in scored:
-        for agent in agents:
-            for key, _ in _rewards_by_key(one, agent):
+    for turns_of_agents in zip(*keyed.values(), strict=True):
+        for turns in turns_of_agents:
+            for key, _ in turns:
                 rows.setdefault(key, len(rows))
     return rows
 

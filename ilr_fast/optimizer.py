@@ -96,5 +96,5 @@ class Optimizer:
 
 def _norm(gradients: Sequence[Tensor]) -> float:
     """The norm of all together, added up in float32 whatever they are held in."""
-    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
-    return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+    norms = torch._foreach_norm(list(gradients), dtype=torch.float32) if gradients else ()
+    return float(torch.linalg.vector_norm(torch.stack(list(norms)))) if norms else 0.0

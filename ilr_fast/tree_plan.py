@@ -140,7 +140,8 @@ class TreePlan:
 
 @dataclass(frozen=True, slots=True)
 class PackedSequences:
-    """One packed row: int64 tokens and positions [T], the plan, and for each sequence the rows of its tokens."""
+    """One packed row: int64 tokens and positions [T], the plan, and for each sequence the rows of its tokens, which
+    stay on the host."""
 
     tokens_T: Tensor
     positions_T: Tensor
@@ -167,12 +168,17 @@ def pack_sequences(
         block_overhead = CPU_BLOCK_OVERHEAD if device.type == "cpu" else CUDA_BLOCK_OVERHEAD
     tokens, positions, subtree_end, index = _lay_out(sequences, share_prefixes)
     plan = TreePlan(positions, subtree_end, block_overhead)
-    return PackedSequences(
-        tokens_T=torch.as_tensor(tokens, device=device),
-        positions_T=torch.as_tensor(positions, device=device),
-        plan=plan,
-        index_S=tuple(torch.as_tensor(rows, device=device) for rows in index),
-    )
+    tokens_T, positions_T = to_device([tokens, positions], device)
+    return PackedSequences(tokens_T, positions_T, plan, tuple(torch.from_numpy(rows) for rows in index))
+
+
+def to_device(vectors: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, ...]:
+    """Vectors of one length and dtype in one transfer; each begins at a multiple of 16 bytes, as kernels like it."""
+    length = len(vectors[0])
+    together = np.zeros((len(vectors), length + -length % 4), dtype=vectors[0].dtype)
+    for row, vector in zip(together, vectors, strict=True):
+        row[:length] = vector
+    return torch.from_numpy(together).to(device)[:, :length].unbind()
 
 
 def tree_plan(trees: Sequence[tuple[int, Sequence[int]]], *, block_overhead: int = CPU_BLOCK_OVERHEAD) -> TreePlan:

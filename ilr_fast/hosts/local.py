@@ -32,6 +32,7 @@ from ilr_fast.engines.vllm_core import CoreOptions
 from ilr_fast.errors import UserError
 from ilr_fast.loading import device_of, load_policy
 from ilr_fast.parked import Parked, tensors_in
+from ilr_fast.residency import by_device
 from ilr_fast.types import Generation, Residence, Sampling, StepResult, TrainingSequence
 
 TURNS = "lower micro_batch_tokens or engine.cache_gib, or free memory"
@@ -42,6 +43,7 @@ class LocalHost:
 
     def __init__(self, agent: Agent, engine: EmbeddedEngine | VllmEngine):
         self.agent, self.engine = agent, engine
+        self._keeps = isinstance(engine, VllmEngine) and _alone(agent.name, agent.run)
         self.name, self.trains, self.max_context = agent.name, agent.trains, engine.max_context
         self._updates = 0
         self._noise: float | None = None
@@ -65,8 +67,9 @@ class LocalHost:
         return replace(result, metrics={**result.metrics, "engine_noise": noise})
 
     def _give_back(self) -> None:
-        """What PyTorch keeps of freed memory goes back to the device, for other processes and as one piece."""
-        if self.agent.device.type == "cuda":
+        """What PyTorch keeps of freed memory goes back to the device, for other processes and as one piece; not where
+        nobody takes it: asking for it again in every step costs a small model more than its products do."""
+        if self.agent.device.type == "cuda" and not self._keeps:
             torch.cuda.empty_cache()
 
     def start_update(self, sequences: Sequence[TrainingSequence], step: int) -> Callable[[], StepResult]:
@@ -200,6 +203,12 @@ def _with_vllm(name: str, agent: AgentConfig, config: Config, chat: ChatFormat) 
             where=where,
         )
     return LocalHost(Agent(name, agent, config, chat.tokenizer, model, engine.kernel), engine)
+
+
+def _alone(name: str, config: Config) -> bool:
+    """Whether an agent has its device for itself, and its engine holds what it needs all the time."""
+    own = next(names for names in by_device(config).values() if name in names)
+    return len(own) == 1 and config.agents[name].engine.rests == "never"
 
 
 def _set_up_torch(config: Config) -> None:
