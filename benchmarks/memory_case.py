@@ -183,6 +183,8 @@ def with_shapes(config: Config, folder: Path, *, quick: bool) -> Config:
     for name, agent in config.agents.items():
         made = (small_shape if quick else write_shape)(agent.model, folder)
         engine = replace(agent.engine, max_context=512, slots=4) if quick else agent.engine
+        if quick and engine.cache_gib:
+            engine = replace(engine, cache_gib=0.1)
         agents[name] = replace(agent, model=str(made), random_weights=True, chat_template="plain", engine=engine)
     return replace(config, agents=agents, memory_check="warn")
 

@@ -47,7 +47,8 @@ class FakeDevice:
 
 
 @pytest.fixture()
-def device():
+def device(monkeypatch):
+    monkeypatch.setattr(regions, "_segments", {})
     return FakeDevice(100)
 
 
@@ -66,7 +67,9 @@ def test_what_is_kept_comes_back_and_what_is_not_is_zero(device):
     assert (weights.bytes, cache.bytes, device.free()) == (50, 40, 10) and weights.resident
     assert weights.release(keep=True) == 50 and cache.release(keep=False) == 40
     assert device.free() == 100 and not weights.resident and weights.release(keep=True) == 0
+    assert regions.bytes_away() == 90
     assert weights.restore() == 50 and cache.restore() == 40 and weights.restore() == 0
+    assert regions.bytes_away() == 0
     assert device.memory == {1000: b"\1" * 30, 1100: b"\2" * 20, 5000: bytes(40)}
 
 

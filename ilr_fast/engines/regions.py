@@ -212,6 +212,11 @@ class Region:
                     yield segment, {b["address"] for b in blocks}
 
 
+def bytes_away() -> int:
+    """What all regions of the process have given back, and torch counts as allocated."""
+    return sum(s.size for s in _segments.values() if not s.mapped and not s.dead)
+
+
 _segments: dict[int, _Segment] = {}  # of the process, by address
 _filling: list[Region] = []  # the innermost last
 _live: weakref.WeakSet[Region] = weakref.WeakSet()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 
+from ilr_fast.engines.device_memory import available_host_memory
 from ilr_fast.errors import UserError
 
 CACHE_SHARE = 0.25  # of the memory that is free, where `cache_gib` is null
@@ -31,7 +31,7 @@ def cache_bytes(
 ) -> int:
     """Bytes for keys and values; UserError where they don't hold one request, or are more than is free."""
     token = bytes_per_token(model)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_host_memory()
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_host_memory()
     if wanted_gib is not None:
         cache = int(wanted_gib * GIB)
     else:
@@ -58,10 +58,6 @@ def bytes_per_token(model: Any) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
-
-
-def _free_host_memory() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _gib(size: float) -> str:

@@ -27,6 +27,7 @@ from ilr_fast.chat import ChatFormat
 from ilr_fast.config import AgentConfig, Config
 from ilr_fast.engines.device_memory import OutOfMemory
 from ilr_fast.engines.embedded import EmbeddedEngine
+from ilr_fast.engines.regions import bytes_away
 from ilr_fast.engines.vllm import VllmEngine
 from ilr_fast.engines.vllm_core import CoreOptions
 from ilr_fast.errors import UserError
@@ -102,6 +103,7 @@ class LocalHost:
     def reside(self, residence: Residence) -> None:
         """See Host. Weights of the trainer's own, its optimizer's states and a reference leave with the engine's."""
         self._measure_noise()
+        _peak.look(self.agent.device)
         try:
             if residence != "away":
                 self._parked.come_back()
@@ -147,7 +149,7 @@ class LocalHost:
             "tokens_reused": counted.tokens_reused,
             "seconds_busy": counted.seconds,
             "steps": counted.steps,
-            "memory_peak_gib": _memory_peak(self.agent.device) / 2**30,
+            "memory_peak_gib": _peak.look(self.agent.device) / 2**30,
         }
 
     def close(self) -> None:
@@ -223,8 +225,20 @@ def _set_up_torch(config: Config) -> None:
         setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 (mypy does not know it)
 
 
-def _memory_peak(device: torch.device) -> int:
-    """Bytes."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+class _Peak:
+    """The most that this process has held of a device (the CPU: in all): looked at before anything is given back."""
+
+    def __init__(self) -> None:
+        self._bytes: dict[torch.device, int] = {}
+
+    def look(self, device: torch.device) -> int:
+        """Bytes so far."""
+        if device.type != "cuda":
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        held = torch.cuda.max_memory_allocated(device) - bytes_away()
+        torch.cuda.reset_peak_memory_stats(device)
+        self._bytes[device] = max(held, self._bytes.get(device, 0))
+        return self._bytes[device]
+
+
+_peak = _Peak()
