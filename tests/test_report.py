@@ -200,7 +200,7 @@ def test_seeds_are_one_curve_with_a_band_and_one_line(tmp_path):
     columns = [dict(read_run(run).column("gemma", "reward")) for run in runs[:3]]
     for row in values:
         ys = [column[row["x"]] for column in columns]
-        assert row["y"] == pytest.approx(sum(ys) / 3, rel=1e-4) and row["low"] < min(ys) < max(ys) < row["high"]
+        assert [row["y"], row["low"], row["high"]] == pytest.approx([sum(ys) / 3, min(ys), max(ys)], rel=1e-4)
     lines = {line.label: line for line in grouped(runs)[0].lines}
     assert (lines["ilr"].seeds, lines["base"].seeds, lines["grpo"].seeds) == (3, 3, 1)
     rows = [json.loads((run / "results.json").read_text()) for run in runs[:3]]

@@ -141,7 +141,9 @@ def test_curves_are_means_with_bands_and_gaps():
     runs = [[(1, 0.0), (2, 1.0), (3, None)], [(1, 1.0), (2, 2.0), (3, None)], [(1, 2.0), (2, 3.0), (3, None)]]
     rows = Series("s", runs).rows(placed([1, 2, 3]))
     assert [row["y"] for row in rows] == [1.0, 2.0, None]
-    assert rows[0]["low"] == pytest.approx(1 - 4.303 / 3**0.5, rel=1e-3) and rows[0]["raw"] is None
+    assert (rows[0]["low"], rows[0]["high"], rows[0]["raw"]) == (0.0, 2.0, None), "of few runs their range"
+    five = Series("s", [[(1, y)] for y in (0.0, 1.0, 2.0, 3.0, 4.0)]).rows(placed([1]))
+    assert five[0]["low"] == pytest.approx(2 - 2.776 * 2.5**0.5 / 5**0.5, rel=1e-3)
     one = Series("s", runs[:1]).rows(placed([1, 2, 3]))
     assert [(row["y"], row["raw"]) for row in one] == [(0.0, 0.0), (1.0, 1.0), (None, None)] and one[0]["low"] is None
     sparse = Series("s", runs[:1], sparse=True).rows(placed([1, 2, 3]))

@@ -27,7 +27,7 @@ RHO = ("Share of cooperation: mean over the steps. ρ: Spearman's rank correlati
 def interaction_table(
     runs: Sequence[Run], surveys: Mapping[str, Survey], facts: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any] | None:
-    """{head, rows, notes} of one arm's runs, those of several agents that have done a step; None without any.
+    """{head, rows, notes} of one arm's runs, those of several agents that have done a step; None without any number.
 
     `surveys` and `facts` (interaction.json) are by the run's name.
     """
@@ -38,6 +38,7 @@ def interaction_table(
         suffix = f" · {run.name}" if len(runs) > 1 else ""
         rows += [_row(agent, suffix, shares[agent], surveys[run.name], facts[run.name]) for agent in run.agents]
         notes |= dict.fromkeys(note + suffix for note in _notes(run, shares, facts[run.name]))
+    rows = [row for row in rows if any(cell != "–" for cell in row[1:])]  # where nobody is told to cooperate or compete
     return {"head": HEAD, "rows": rows, "notes": list(notes)} if rows else None
 
 

@@ -24,7 +24,7 @@ from ilr_fast.report.content import Content
 from ilr_fast.report.curves import learning_figures, machine_figures, training_figures
 from ilr_fast.report.overview import Table, benchmark_tables, mode_tables
 from ilr_fast.report.result_figures import accuracy_figures, ratio_figures
-from ilr_fast.report.series import FEWEST, SMOOTH_FROM
+from ilr_fast.report.series import FEW, FEWEST, SMOOTH_FROM
 from ilr_fast.report.status import status
 from ilr_fast.report.tables import differing_table, failures, result_table, setup
 from ilr_fast.report.talk import calibration_part, dialogue_part, interaction_part, spoken
@@ -129,8 +129,8 @@ def _bands(content: Content) -> str:
     several = any(len(arm.runs) > 1 for arm in content.arms)
     many = max((len(run.metrics) for run in content.runs), default=0)
     texts = [
-        "Runs that differ in their seed alone are one curve: their mean, with its 95% interval (Student's t; of two "
-        "runs the range) as the band." if several else "",
+        "Runs that differ in their seed alone are one curve: their mean, with its 95% interval (Student's t) as the band, "
+        f"of up to {FEW} runs the lowest and the highest." if several else "",
         f"From {SMOOTH_FROM} steps on curves are running means over a 25th of the run; pale: the values themselves."
         if many >= SMOOTH_FROM else "",
         "Of a long run each point is the mean of neighbouring steps." if many > FEWEST else "",

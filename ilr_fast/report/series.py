@@ -2,7 +2,8 @@
 
 Long runs are drawn as means of neighbouring steps, at most POINTS of them, fewer where many curves share a figure.
 From SMOOTH_FROM points on, the curve is a running mean. Of one run the values themselves stay behind the curve; of
-several, the band is the 95% interval of their mean (statistics.mean_interval: Student's t, of two runs their range).
+several, the band is the 95% interval of their mean (statistics.mean_interval: Student's t), of up to FEW runs, for which
+that is several times as wide as all of them lie apart, from the lowest to the highest.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from ilr_fast.statistics import mean_interval
 POINTS = 240
 FEWEST = 80
 SMOOTH_FROM = 40
+FEW = 4
 
 Point = tuple[float, float | None]
 
@@ -44,7 +46,7 @@ class Series:
         rows = []
         for x in sorted({x for column in columns for x in column}):
             values = [column[x][0] for column in columns if column.get(x, (None,))[0] is not None]
-            low, high = mean_interval(values) if len(values) > 1 else (None, None)
+            low, high = _band(values)
             raw = columns[0][x][1] if len(columns) == 1 and not self.sparse else None
             mean = sum(values) / len(values) if values else None
             if mean is not None or not self.sparse:
@@ -61,6 +63,13 @@ class Series:
         points = [(x, sum(ys) / len(ys) if ys else None) for x, ys in sorted(found.items())]
         smooth = running_mean(points, max(5, len(points) // 25)) if len(points) >= SMOOTH_FROM else points
         return {x: (y, raw) for (x, y), (_, raw) in zip(smooth, points, strict=True)}
+
+
+def _band(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """Around the mean of a value of each run; none around a single one."""
+    if len(values) < 2:
+        return None, None
+    return (min(values), max(values)) if len(values) <= FEW else mean_interval(values)
 
 
 def points_of(curves: int) -> int:

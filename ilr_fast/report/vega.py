@@ -60,7 +60,8 @@ def curves(title: str, note: str, axis: Axis, series: Sequence[Series], labels: 
     base = {"x": x, "color": colour, "detail": {"field": "id"}}
     layers: list[Spec] = []
     if any(row["low"] is not None for row in rows):
-        layers.append(_layer({"type": "area", "opacity": 0.18}, base, y={**y, "field": "low"}, y2={"field": "high"}))
+        opacity = 0.18 if len(found) <= 4 else 0.07  # many bands over one another hide the lines
+        layers.append(_layer({"type": "area", "opacity": opacity}, base, y={**y, "field": "low"}, y2={"field": "high"}))
     if any(row["raw"] is not None and row["raw"] != row["y"] for row in rows):
         layers.append(_layer({"type": "line", "strokeWidth": 1, "opacity": 0.3}, base, y={**y, "field": "raw"}))
     dashed = _dashes(found, colour)
