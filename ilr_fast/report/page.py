@@ -129,8 +129,8 @@ def _bands(content: Content) -> str:
     several = any(len(arm.runs) > 1 for arm in content.arms)
     many = max((len(run.metrics) for run in content.runs), default=0)
     texts = [
-        "Runs that differ in their seed alone are one curve: their mean, with its 95% interval (Student's t) as the band, "
-        f"of up to {FEW} runs the lowest and the highest." if several else "",
+        "Runs that differ in their seed alone are one curve: their mean, with its 95% interval (Student's t) as the "
+        f"band, of up to {FEW} runs the lowest and the highest." if several else "",
         f"From {SMOOTH_FROM} steps on curves are running means over a 25th of the run; pale: the values themselves."
         if many >= SMOOTH_FROM else "",
         "Of a long run each point is the mean of neighbouring steps." if many > FEWEST else "",

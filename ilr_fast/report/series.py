@@ -2,8 +2,8 @@
 
 Long runs are drawn as means of neighbouring steps, at most POINTS of them, fewer where many curves share a figure.
 From SMOOTH_FROM points on, the curve is a running mean. Of one run the values themselves stay behind the curve; of
-several, the band is the 95% interval of their mean (statistics.mean_interval: Student's t), of up to FEW runs, for which
-that is several times as wide as all of them lie apart, from the lowest to the highest.
+several, the band is the 95% interval of their mean (statistics.mean_interval: Student's t), and of up to FEW runs, for
+which that is several times as wide as they lie apart, from the lowest to the highest.
 """
 
 from __future__ import annotations
