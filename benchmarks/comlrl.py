@@ -22,7 +22,7 @@ from ilr_benchmarks.step_runs import asked, failed, memory, parts, run_case, tot
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TARGETS = {"cuda": 10.0, "cpu": 3.0}
 BRANCHES, DIALOGUES = 3, 4  # 3 + 9 turns, and 4 × 3
-LOADS = {"cuda": {"questions": 4, "forced": 64}, "cpu": {"questions": 1, "forced": 12}}
+LOADS = {"cuda": {"questions": 4, "forced": 64}, "cpu": {"questions": 1, "forced": 8}}
 
 
 def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> Iterator[dict[str, Any]]:

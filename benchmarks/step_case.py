@@ -59,7 +59,7 @@ class Watched:
     def __init__(self, asked: Mapping[str, Any]):
         self.asked, self.step, self.kind = asked, 0, "short"
         self.train_seconds: dict[str, float] = {}
-        self.batches: list[int] = []  # rows of each micro-batch
+        self.packed: list[Sequence[Any]] = []  # the step's micro-batches
         self.rollouts: list[training.Rollout] = []
         self.alone: dict[str, float] = {}
 
@@ -99,7 +99,7 @@ class Watched:
 
         def pack_counted(*arguments: Any, **more: Any) -> Any:
             packed = pack(*arguments, **more)
-            watched.batches += [len(batch.tokens_T) for batch in packed.batches]
+            watched.packed.append(packed.batches)
             return packed
 
         def finish(steps: Any, step: int, timer: Any) -> None:
@@ -122,14 +122,15 @@ class Watched:
             name: {key: agent.get(key) for key in ("grad_norm", "logp_diff_mean", "truncated_share", "skipped")}
             for name, agent in row["agents"].items()
         }
+        rows = [len(batch.tokens_T) for batches in self.packed for batch in batches]
         told = {
             "step": row["step"], "kind": self.asked["kinds"][row["step"] - 1], "seconds": row["seconds"],
             "tokens": row["tokens"], "memory_gib": row["memory_peak_gib"], "agents": agents,
-            "train_seconds": self.train_seconds, "micro_batches": len(self.batches), "rows": sum(self.batches),
-            "fullest": max(self.batches, default=0),
+            "train_seconds": self.train_seconds, "micro_batches": len(rows), "rows": sum(rows),
+            "fullest": max(rows, default=0),
         }  # fmt: skip
         print(json.dumps(told), flush=True)
-        self.train_seconds, self.batches = {}, []
+        self.train_seconds, self.packed = {}, []
 
     def generate_alone(self, session: Any) -> None:
         """Each agent's turns of the last step, the others silent: as many prompts and tokens, no one to wait for."""

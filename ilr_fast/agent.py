@@ -160,8 +160,8 @@ class Agent:
 
         def logp_N(tokens: int) -> Tensor:
             batches = pack_step(sequences, rules, tokens, self.device).batches
-            order = torch.cat([batch.token_N for batch in batches]).argsort()
-            return torch.cat([self._reference_logp(batch) for batch in batches])[order]
+            found = torch.cat([self._reference_logp(batch) for batch in batches])
+            return found[torch.cat([batch.token_N for batch in batches]).argsort()]
 
         longest = max(len(sequence.tokens) for sequence in sequences)
         found = iter(self.guard.run(logp_N, self._drop_gradients, longest, backward=False).tolist())

@@ -18,10 +18,11 @@ Packing (tree_plan.py) stores what sequences begin with in common once, within a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, chain
-from typing import Literal
+from typing import Literal, overload
 
 import numpy as np
 import torch
@@ -67,12 +68,35 @@ class PackedBatch:
     token_N: torch.Tensor
 
 
+class Batches(Sequence[PackedBatch]):
+    """Micro-batches, each packed when it is first asked for: a GPU computes one while the host packs the next."""
+
+    def __init__(self, makers: Sequence[Callable[[], PackedBatch]]):
+        self._makers = makers
+        self._made: list[PackedBatch | None] = [None] * len(makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+    @overload
+    def __getitem__(self, at: int) -> PackedBatch: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[PackedBatch]: ...
+    def __getitem__(self, at: int | slice) -> PackedBatch | list[PackedBatch]:
+        if isinstance(at, slice):
+            return [self[i] for i in range(len(self))[at]]
+        made = self._made[at]
+        if made is None:
+            made = self._made[at] = self._makers[at]()
+        return made
+
+
 @dataclass(frozen=True, slots=True)
 class PackedStep:
     """The micro-batches of one optimizer step, how many sampled tokens are in the loss and how many are not, and the
     length of the longest sequence that is run."""
 
-    batches: tuple[PackedBatch, ...]
+    batches: Batches
     tokens_trained: int
     tokens_dropped: int
     longest: int
@@ -111,8 +135,8 @@ def pack_step(
     kept = _weigh(sequences, rules)
     share = rules.share_prefixes
     parts = fill([sequence.inputs for sequence in kept], budget, share_prefixes=share)
-    batches = tuple(_pack([kept[s] for s in part], torch.device(device), share) for part in parts)
-    trained = sum(b.rows_N.numel() for b in batches)
+    batches = Batches([partial(_pack, [kept[s] for s in part], torch.device(device), share) for part in parts])
+    trained = sum(turn.end - turn.start for s in kept for turn in s.turns)
     sampled = sum(turn.end - turn.start for s in sequences for turn in s.turns)
     return PackedStep(batches, trained, sampled - trained, max((len(s.inputs) for s in kept), default=0))
 

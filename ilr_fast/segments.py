@@ -17,6 +17,12 @@ from torch import Tensor
 KeyRun = tuple[int, int, np.ndarray]  # query rows start:end, and the rows of their keys, oldest first
 
 
+def put(x: np.ndarray | Tensor, device: torch.device) -> Tensor:
+    """The array's values on `device`. A GPU reads them from pinned memory when it gets there: nobody waits for it."""
+    x = torch.as_tensor(x)
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 @dataclass(frozen=True, slots=True)
 class Segments:
     """Runs of queries with their keys, for a kernel that takes ragged sequences; tensors are on one device.
@@ -55,7 +61,7 @@ def make_segments(runs: list[KeyRun], tokens: int, device: torch.device) -> Segm
     longest_q, longest_k = int(np.diff(starts_q).max()), int(np.diff(starts_k).max())
 
     def on_device(x: np.ndarray, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.as_tensor(x, dtype=dtype, device=device)
+        return put(torch.as_tensor(x, dtype=dtype), device)
 
     on_q, on_k = on_device(starts_q, torch.int32), on_device(starts_k, torch.int32)
     if starts_k[-1] == tokens:

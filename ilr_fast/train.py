@@ -101,7 +101,7 @@ class _Steps:
         self.failures = Failures(session.folder.path / "failures.jsonl", self.config.max_failed_share)
         self.done = self.saved = start
         self.whole = True  # False while some agents are updated and others not
-        self.saving = Background("checkpoint")
+        self.saving, self.writing = Background("checkpoint"), Background("dialogues")
         self.row: dict[str, Any] = {}
         self.warned: set[str] = set()
 
@@ -120,6 +120,7 @@ class _Steps:
             raise
         finally:
             self.saving.close()
+            self.writing.close()
 
     def step(self, step: int) -> None:
         """One rollout, one update of every agent, one row. All agents are updated, or none."""
@@ -136,11 +137,12 @@ class _Steps:
                 self.saving.wait()  # weights must not change while they are written
         with self.interrupt.held():
             self.whole = False
+            self.writing.start(partial(session.folder.write_dialogues, step, rollout.credited))
             results = update(session, rollout.credited, step, timer)
             self.done, self.whole = step, True
             failed = step_failures(step, rollout.groups.dialogues, rollout.groups.scored, results)
             self.failures.add(failed)
-            session.folder.write_dialogues(step, rollout.credited)
+            self.writing.wait()
             self.row = metrics_row(step, rollout.credited, results, before, after, failed)
             self.row["questions"] = {"replaced": rollout.groups.replaced, "stopped": rollout.groups.stopped}
         self.warn()

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from ilr_fast.prefixes import common_prefix, sorting_key
-from ilr_fast.segments import KeyRun, Segments, make_segments
+from ilr_fast.segments import KeyRun, Segments, make_segments, put
 from ilr_fast.tree_blocks import Block, Blocks, cut_blocks, nodes_of
 
 # Query-key cells that cost as much as one more attention call (forward and backward, measured with SmolLM2's heads).
@@ -178,7 +178,7 @@ def to_device(vectors: Sequence[np.ndarray], device: torch.device) -> tuple[Tens
     together = np.zeros((len(vectors), length + -length % 4), dtype=vectors[0].dtype)
     for row, vector in zip(together, vectors, strict=True):
         row[:length] = vector
-    return torch.from_numpy(together).to(device)[:, :length].unbind()
+    return put(together, device)[:, :length].unbind()
 
 
 def tree_plan(trees: Sequence[tuple[int, Sequence[int]]], *, block_overhead: int = CPU_BLOCK_OVERHEAD) -> TreePlan:

@@ -94,8 +94,8 @@ def test_with_a_kl_nothing_is_dropped():
 
 def test_all_dead_gives_no_batch():
     step = pack_step(DEAD[1:], BatchRules(), budget=100)
-    assert step.batches == () and step.tokens_dropped == 3
-    assert pack_step([], BatchRules(), budget=100).batches == ()
+    assert not step.batches and step.tokens_dropped == 3
+    assert not pack_step([], BatchRules(), budget=100).batches
 
 
 def test_a_group_over_the_budget_is_split_and_a_long_sequence_goes_alone():
