@@ -1,4 +1,4 @@
-"""`bench comlrl` on the CPU: a question of 24 turns, 8 tokens each, by the embedded engine (see `comlrl.py`)."""
+"""`bench comlrl` on the CPU: a question of 12 turns, 16 tokens each, by the embedded engine (see `comlrl.py`)."""
 
 from __future__ import annotations
 

@@ -207,7 +207,7 @@ def _write(asked: Mapping[str, Any], folder: Path) -> Path:
                     "max_tokens": {"default": asked["most"]}},
         "reward": {"name": f"{Chance.__module__ if __name__ != '__main__' else 'ilr_benchmarks.step_case'}:Chance"},
         "loss": asked.get("loss", TRL_LOSS),
-        "evaluate": {"base": False, "validation_limit": 1}, "checkpoint": {"every": None},
+        "evaluate": {"base": False, "validation_limit": 1}, "checkpoint": {"every": asked.get("checkpoint_every")},
         "log": {"tensorboard": False, "noise_every": None},
     }  # fmt: skip
     path = folder / "config.yaml"
