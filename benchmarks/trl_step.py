@@ -14,9 +14,9 @@ from ilr_benchmarks.common import row
 from ilr_benchmarks.step_runs import FULL, QWEN, SMALL, failed, memory, run_case
 
 SETTINGS: list[dict[str, Any]] = [  # Liger changes the model for good and comes last
-    {"micro_batch": 8, "checkpointing": False},
-    {"micro_batch": 32, "checkpointing": True},
-    {"micro_batch": 8, "checkpointing": False, "liger": True},
+    {"micro_batch": 16, "checkpointing": False},
+    {"micro_batch": 32, "checkpointing": False},
+    {"micro_batch": 16, "checkpointing": False, "liger": True},
 ]
 
 
