@@ -8,7 +8,7 @@ settings are the same for all. A setting that runs out of memory is told as such
 
     micro_batch    per_device_train_batch_size; gradient accumulation makes it the same step
     checkpointing  gradient_checkpointing
-    liger          use_liger_kernel (its layers; the loss is chunked by TRL itself); last, since it changes the model for good
+    liger          use_liger_kernel (its layers; the loss is TRL's own); last, since it changes the model for good
 """
 
 from __future__ import annotations
