@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 from ilr_benchmarks.ballast import ballast
 from ilr_benchmarks.common import row
 
+from ilr_fast.config_parse import load_config
 from ilr_fast.engines.vllm_core import check_version
 from ilr_fast.errors import UserError
 
@@ -51,10 +52,6 @@ class Case(NamedTuple):
     ada: bool = False  # with no kernel that needs a Hopper card
 
 
-VLLM = tuple(
-    f"agents.{name}.engine={{name: vllm, slots: 32, max_context: 2048, cache_gib: 2, sleep: turns}}"
-    for name in ("llama", "qwen")
-)
 WHOLE = "steps=2", "rollout.questions=1", "rollout.max_tokens=192", "rollout.peer_tokens=128"  # 48 turns a step
 
 CASES = {
@@ -64,7 +61,7 @@ CASES = {
     "ILR, 8B and 7B, LoRA, by turns": Case("24gb/ilr_8b_7b_lora.yaml", 8, 24),
     "GRPO, 3B, full": Case("24gb/grpo_3b_full.yaml", 8, 24),
     "ILR, 1.5B and 1.7B, full, kernels of an RTX 4090": Case("24gb/ilr_two_1.5b_full.yaml", 8, 24, ada=True),
-    "ILR, 8B and 7B, LoRA, vLLM, a whole run": Case("24gb/ilr_8b_7b_lora.yaml", limit=200, keys=(*VLLM, *WHOLE)),
+    "ILR, 8B and 7B, LoRA, vLLM, a whole run": Case("24gb/ilr_8b_7b_lora_vllm.yaml", limit=200, keys=WHOLE),
     "ILR, 8B and 7B, QLoRA, a whole run": Case("24gb/ilr_8b_7b_qlora.yaml", limit=200, keys=WHOLE),
 }
 
@@ -135,7 +132,7 @@ def _ended(status: int, said: str) -> str:
 
 def _lacking(case: Case) -> str | None:
     """What this machine lacks for a case; None: nothing."""
-    if any("name: vllm" in key for key in case.keys):
+    if any(agent.engine.name == "vllm" for agent in load_config(str(ROOT / "configs" / case.config)).agents.values()):
         try:
             check_version("bench memory")
         except UserError as error:

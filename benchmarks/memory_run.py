@@ -1,6 +1,6 @@
 """A whole run of `bench memory`, by `train` itself, in a process of its own: prints a line of JSON for each step.
 
-python -m ilr_benchmarks.memory_run '{"config": "configs/24gb/ilr_8b_7b_lora.yaml", "keys": ["steps=2"], …}'
+python -m ilr_benchmarks.memory_run '{"config": "configs/24gb/ilr_8b_7b_lora_vllm.yaml", "keys": ["steps=2"], …}'
 
 The answers of random weights are right by a coin (coin.py) and as long as they may be. `memory_peak_gib` of a metrics
 row is NVML's, of all processes, beyond what others held: it stands beside the plan of the config as it was filled in.

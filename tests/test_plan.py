@@ -85,6 +85,10 @@ GOLDEN: dict[str, dict[str, float]] = {
         "load": 16.2, "generate llama": 20.7, "generate qwen": 19.9, "update llama": 19.1,
         "update qwen": 18.2, "checkpoint": 16.8
     },
+    "24gb/ilr_8b_7b_lora_vllm": {
+        "load": 16.8, "generate llama": 20.6, "generate qwen": 19.9, "update llama": 19.7,
+        "update qwen": 18.8, "checkpoint": 17.4
+    },
     "24gb/ilr_8b_7b_qlora": {
         "load": 12.1, "generate": 17.6, "update llama": 17.9, "update qwen": 17.2, "checkpoint": 13.4
     },
