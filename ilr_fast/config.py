@@ -181,6 +181,9 @@ class RolloutConfig:
         None, "Cut a question off when its first so many samples have equal rewards, a guess; null: never.", low=2
     )
     rounds: int = key(2, "Rounds of a debate, the first answer included.", low=1)
+    ahead: bool = key(
+        False, "The next step's dialogues are sampled while agents learn, one update off-policy (docs/training.md)."
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

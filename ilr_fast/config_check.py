@@ -45,6 +45,7 @@ def _findings(config: Config) -> Iterator[Finding]:
         yield not getattr(config.data, part), "no questions", f"data.{part}", remedy
     yield from _rollout(config.rollout)
     yield from _groups(config)
+    yield from _ahead(config)
     yield from _loss(config.loss, config.rollout)
     yield from _peers(config)
     few = config.evaluate.few_shot
@@ -153,6 +154,45 @@ def _groups(config: Config) -> Iterator[Finding]:
         "rollout.stop_after_equal",
         "use null, or another credit.calibrate",
     )
+
+
+def _ahead(config: Config) -> Iterator[Finding]:
+    """Dialogues beside an update: of weights that stay whole meanwhile, and weighed for being an update old."""
+    path, loss = "rollout.ahead", config.loss
+    if not config.rollout.ahead:
+        return
+    yield (
+        loss.importance == "none",
+        "dialogues of the weights before the last update need importance weights",
+        path,
+        "set `loss.importance: token`, or leave it off",
+    )
+    yield (
+        loss.kl == "k1" and loss.beta > 0,
+        "a KL in the reward is computed by the trainer, which is learning then",
+        path,
+        "use `loss.kl: k2`, or leave it off",
+    )
+    for name, agent in config.agents.items():
+        engine, trained = f"agents.{name}.engine", agent.train != "none"
+        yield (
+            trained and agent.engine.name != "vllm",
+            "the embedded engine samples with the weights that are trained: half-updated ones",
+            path,
+            f"leave it off, or set `{engine}.name: vllm` and `{engine}.weights: copy`",
+        )
+        yield (
+            agent.train == "full" and agent.engine.weights != "copy",
+            "an engine on the trainer's own weights would sample from half-updated ones",
+            f"{engine}.weights",
+            "set `copy`, or leave rollout.ahead off",
+        )
+        yield (
+            agent.engine.sleep in ("cache", "turns"),
+            "an engine that gives memory back can't generate while agents learn",
+            f"{engine}.sleep",
+            "set `never`, or leave rollout.ahead off",
+        )
 
 
 def _loss(loss: LossConfig, rollout: RolloutConfig) -> Iterator[Finding]:

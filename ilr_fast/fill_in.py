@@ -209,8 +209,9 @@ def _excess(planned: RunPlan) -> int:
 
 
 def _may_sleep(config: Config, kind: str) -> bool:
-    """Whether `engine.sleep: kind` frees anything: a lone agent has nobody to take turns with."""
-    return kind != "turns" or len(config.agents) > 1
+    """Whether `engine.sleep: kind` frees anything: a lone agent has nobody to take turns with, and none has who talks
+    while others learn."""
+    return not config.rollout.ahead and (kind != "turns" or len(config.agents) > 1)
 
 
 def _single(config: Config, machine: Machine) -> Iterator[tuple[float, Setting]]:

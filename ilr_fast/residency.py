@@ -207,8 +207,11 @@ class Resident:
         """See Host."""
         return await self._residency.generate(self.name, tokens, sampling)
 
-    def start_update(self, sequences: Sequence[TrainingSequence], step: int) -> Callable[[], StepResult]:
+    def start_update(
+        self, sequences: Sequence[TrainingSequence], step: int, beside: bool = False
+    ) -> Callable[[], StepResult]:
         """See Host."""
+        assert not beside, "an agent that gives memory back does not generate while it learns"
         return self._residency.start_update(self.name, sequences, step)
 
     def update(self, sequences: Sequence[TrainingSequence], step: int) -> StepResult:

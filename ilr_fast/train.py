@@ -2,6 +2,8 @@
 
     questions → dialogues → rewards → calibrated advantages → updates (batch → loss → step) → weights → log
 
+With `rollout.ahead` the next step's dialogues are sampled while agents learn, from weights that are one update older.
+
 `train(config)` checks what needs no model, opens the run folder and the agents, measures the base models, runs the
 steps, and measures each agent alone again. A run that was cut off goes on from its newest good checkpoint: nothing
 random is kept between steps (every seed comes from the run's seed, the step, the question, the sample, the agent and
@@ -13,7 +15,7 @@ the stage), so weights, optimizer and step number are all that it needs.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -44,10 +46,12 @@ from ilr_fast.types import Credited, Dialogue, Question, Scored, StepResult
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """A step's dialogues up to the advantages: nothing has been learned from them yet."""
+    """A step's dialogues up to the advantages: nothing has been learned from them yet. Counters of the hosts around."""
 
     groups: Groups
     credited: Sequence[Credited]
+    before: Mapping[str, Mapping[str, float]]
+    after: Mapping[str, Mapping[str, float]]
 
 
 def train(config: Config, *, fresh: bool = False, command: str = "ilr-fast train") -> Path:
@@ -102,6 +106,7 @@ class _Steps:
         self.done = self.saved = start
         self.whole = True  # False while some agents are updated and others not
         self.saving, self.writing = Background("checkpoint"), Background("dialogues")
+        self.ahead: Rollout | None = None  # the next step's
         self.row: dict[str, Any] = {}
         self.warned: set[str] = set()
 
@@ -126,28 +131,38 @@ class _Steps:
         """One rollout, one update of every agent, one row. All agents are updated, or none."""
         session, timer = self.session, Timer()
         session.team.measure(timer)
-        self.interactions.refresh(step)
-        before = {name: host.stats() for name, host in session.team.hosts.items()}
-        settings = self.config.rollout
-        questions = self.stream.questions_at(step, settings.questions + settings.refill)
-        rollout = roll_out(session, self.interactions, questions, step, timer)
-        after = {name: host.stats() for name, host in session.team.hosts.items()}
+        rollout, self.ahead = self.ahead or self.talk(step, timer), None
         if self.saving.busy:
             with timer("checkpoint"):
                 self.saving.wait()  # weights must not change while they are written
         with self.interrupt.held():
             self.whole = False
             self.writing.start(partial(session.folder.write_dialogues, step, rollout.credited))
-            results = update(session, rollout.credited, step, timer)
+            results = update(session, rollout.credited, step, timer, self.meanwhile(step, timer))
             self.done, self.whole = step, True
             failed = step_failures(step, rollout.groups.dialogues, rollout.groups.scored, results)
             self.failures.add(failed)
             self.writing.wait()
-            self.row = metrics_row(step, rollout.credited, results, before, after, failed)
+            self.row = metrics_row(step, rollout.credited, results, rollout.before, rollout.after, failed)
             self.row["questions"] = {"replaced": rollout.groups.replaced, "stopped": rollout.groups.stopped}
         self.warn()
         self.finish(step, timer)
         self.failures.check(failed, len(rollout.groups.dialogues), step)
+
+    def talk(self, step: int, timer: Timer) -> Rollout:
+        """The step's dialogues, with the weights that engines have now."""
+        self.interactions.refresh(step)
+        settings = self.config.rollout
+        questions = self.stream.questions_at(step, settings.questions + settings.refill)
+        return roll_out(self.session, self.interactions, questions, step, timer)
+
+    def meanwhile(self, step: int, timer: Timer) -> Callable[[], None] | None:
+        """What is to be done while agents learn: the next step's dialogues, where the config wants them ahead."""
+
+        def talk() -> None:
+            self.ahead = self.talk(step + 1, timer)
+
+        return talk if self.config.rollout.ahead and step < self.config.steps else None
 
     def warn(self) -> None:
         """Says, once for each agent, that the trainer does not see the distribution that the engine sampled from."""
@@ -198,6 +213,7 @@ def roll_out(
     """Questions → dialogues → rewards, as each dialogue ends → calibrated advantages."""
     config, ready = session.config, session.ready
     session.team.forget()
+    before = {name: host.stats() for name, host in session.team.hosts.items()}
     seed = request_seed(config.seed, "step", step)
 
     def converse(question: Question, on_done: OnDone) -> Coroutine[Any, Any, list[Dialogue]]:
@@ -221,23 +237,31 @@ def roll_out(
     with timer("reward"):
         scored = penalise_divergence(groups.scored, session.team.hosts, config.loss)
         credited = credit(scored, session.team.names, config.credit)
-    return Rollout(groups, credited)
+    return Rollout(groups, credited, before, {name: host.stats() for name, host in session.team.hosts.items()})
 
 
-def update(session: Session, credited: Sequence[Credited], step: int, timer: Timer) -> dict[str, StepResult]:
+def update(
+    session: Session, credited: Sequence[Credited], step: int, timer: Timer, meanwhile: Callable[[], None] | None
+) -> dict[str, StepResult]:
     """Every agent that learns takes its step on its own turns, beside the others where their hosts can; its engine
-    samples from the new weights at once."""
-    hosts = session.team.hosts
-    session.team.forget()  # one agent's update has the memory of all caches
-    with timer("train"), session.progress.phase("update", len(hosts)) as advance:
+    samples from the new weights from then on. `meanwhile` uses the engines while all learn."""
+    hosts, beside = session.team.hosts, meanwhile is not None
+    if not beside:
+        session.team.forget()  # one agent's update has the memory of all caches
+    with timer("train"):
         finish = {
-            name: host.start_update(training_sequences(credited, name), step)
+            name: host.start_update(training_sequences(credited, name), step, beside)
             for name, host in hosts.items() if host.trains
         }  # fmt: skip
+    try:
+        if meanwhile is not None:
+            meanwhile()
+    finally:  # whatever happened there, no update is left in its middle
         results = {}
-        for name in hosts:
-            results[name] = finish[name]() if name in finish else StepResult({}, 0, 0)
-            if results[name].note:
-                session.progress.warn(f"{name}: {results[name].note}")
-            advance()
+        with timer("train"), session.progress.phase("update", len(hosts)) as advance:
+            for name in hosts:
+                results[name] = finish[name]() if name in finish else StepResult({}, 0, 0)
+                if results[name].note:
+                    session.progress.warn(f"{name}: {results[name].note}")
+                advance()
     return results

@@ -61,9 +61,9 @@ def test_a_checkpoint_is_written_while_the_next_dialogues_are_sampled(tmp_path, 
             sampling.set()
         return roll_out(session, interactions, questions, step, timer)
 
-    def counted(session, credited, step, timer):
+    def counted(session, credited, step, timer, meanwhile):
         updates.append(step)
-        return update(session, credited, step, timer)
+        return update(session, credited, step, timer, meanwhile)
 
     for name, new in (("save", slow), ("roll_out", begins), ("update", counted)):
         monkeypatch.setattr(training, name, new)

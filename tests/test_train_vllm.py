@@ -31,11 +31,12 @@ def train(
     host: str = "local",
     ada: dict[str, Any] | None = None,
     sleep: str = "auto",
+    weights: str = "share",
     **changes: Any,
 ) -> tuple[int, list[dict[str, Any]]]:
     folder.mkdir()
     agents = {
-        "ada": agent(models, engine={**ENGINE, "weights": "share", "sleep": sleep}, host=host, **(ada or {})),
+        "ada": agent(models, engine={**ENGINE, "weights": weights, "sleep": sleep}, host=host, **(ada or {})),
         "bob": agent(models, "bob", engine={**ENGINE, "weights": "copy", "sleep": sleep}, host=host),
     }
     config = write_config(folder, models, agents=agents, **{"steps": 2, **changes})
@@ -69,6 +70,16 @@ def test_an_agent_with_adapters_trains_with_vllm(tmp_path: Path, models: Path) -
     assert rows[0]["agents"]["ada"]["kl_reference"] == pytest.approx(0, abs=1e-6), "no adapter, the reference's policy"
     assert rows[1]["agents"]["ada"]["kl_reference"] > 1e-6
     assert rows[0]["agents"]["ada"]["engine_noise"] < 1e-5 and rows[1]["agents"]["ada"]["engine_noise"] is None
+
+
+@pytest.mark.parametrize("host", ["local", "process"])
+def test_dialogues_are_sampled_a_step_ahead(tmp_path: Path, models: Path, host: str) -> None:
+    ahead = {"rollout__ahead": True, "loss": {"importance": "token"}}
+    status, rows = train(tmp_path / "a", models, host, ada={"optimizer": {"lr": 0.02}}, weights="copy", **ahead)
+    assert status == 0 and len(rows) == 2
+    first, second = (row["agents"]["ada"] for row in rows)
+    assert first["logp_diff_max"] < 1e-4 and second["logp_diff_max"] > 0.01, "of the weights before the first update"
+    assert first["grad_norm"] > 0 and first["truncated_share"] == 0
 
 
 @pytest.fixture(scope="module")

@@ -36,8 +36,14 @@ class Host(Protocol):
         """
         ...
 
-    def start_update(self, sequences: Sequence[TrainingSequence], step: int) -> Callable[[], StepResult]:
-        """An update that runs beside those of other hosts where it can: call what this returns for its result."""
+    def start_update(
+        self, sequences: Sequence[TrainingSequence], step: int, beside: bool = False
+    ) -> Callable[[], StepResult]:
+        """An update that runs beside those of other hosts where it can: call what this returns for its result.
+
+        With `beside` it begins at once and runs beside this agent's own engine too, which samples with weights of its
+        own and gets the new ones when the result is asked for. No request may run then.
+        """
         ...
 
     def reference_logps(self, sequences: Sequence[TrainingSequence]) -> list[tuple[float, ...]]:

@@ -13,6 +13,7 @@ import gc
 import os
 import resource
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -60,7 +61,10 @@ class LocalHost:
         if isinstance(self.engine, EmbeddedEngine):
             self.engine.forget()
             self._give_back()
-        result = self.agent.update(sequences, step)
+        return self._learned(self.agent.update(sequences, step))
+
+    def _learned(self, result: StepResult) -> StepResult:
+        """The engine gets the new weights."""
         self.engine.weights_changed()
         self._give_back()
         noise, self._noise = self._noise, None
@@ -73,9 +77,19 @@ class LocalHost:
         if self.agent.device.type == "cuda" and not self._keeps:
             torch.cuda.empty_cache()
 
-    def start_update(self, sequences: Sequence[TrainingSequence], step: int) -> Callable[[], StepResult]:
-        """See Host. In this process the update runs when its result is asked for."""
-        return partial(self.update, sequences, step)
+    def start_update(
+        self, sequences: Sequence[TrainingSequence], step: int, beside: bool = False
+    ) -> Callable[[], StepResult]:
+        """See Host. In this process the update runs when its result is asked for, unless it is to run `beside`."""
+        if not beside:
+            return partial(self.update, sequences, step)
+        apart = isinstance(self.engine, VllmEngine) and (self.agent.config.train == "lora" or not self.engine.shares)
+        assert apart, "an engine on the weights that are trained would sample from half an update"
+        self._measure_noise()
+        learning = ThreadPoolExecutor(1, thread_name_prefix=f"{self.name} learns")
+        result = learning.submit(self.agent.update, sequences, step)
+        learning.shutdown(wait=False)
+        return lambda: self._learned(result.result())
 
     def reference_logps(self, sequences: Sequence[TrainingSequence]) -> list[tuple[float, ...]]:
         """See Host."""

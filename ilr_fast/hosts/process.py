@@ -60,10 +60,19 @@ class ProcessHost:
         ask = self._stepwise if self._lockstep else self._freely
         return messages.to_generation(await ask(list(tokens), messages.from_sampling(sampling)))
 
-    def start_update(self, sequences: Sequence[TrainingSequence], step: int) -> Callable[[], StepResult]:
+    def start_update(
+        self, sequences: Sequence[TrainingSequence], step: int, beside: bool = False
+    ) -> Callable[[], StepResult]:
         """See Host. The worker begins at once."""
-        asked = self._link.ask("update", sequences=messages.from_sequences(sequences), step=step)
-        return lambda: messages.to_result(asked.result())
+        asked = self._link.ask("update", sequences=messages.from_sequences(sequences), step=step, beside=beside)
+        if not beside:
+            return lambda: messages.to_result(asked.result())
+
+        def learned() -> StepResult:
+            asked.result()  # it has begun
+            return messages.to_result(self._link.ask("learned").result())
+
+        return learned
 
     def update(self, sequences: Sequence[TrainingSequence], step: int) -> StepResult:
         """See Host."""

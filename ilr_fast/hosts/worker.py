@@ -133,8 +133,13 @@ class Worker:
         finished, self._finished = self._finished, []
         self._send(finished)
 
-    async def _update(self, sequences: list[Any], step: int) -> list[Any]:
-        return messages.from_result(self._host.update(messages.to_sequences(sequences), step))
+    async def _update(self, sequences: list[Any], step: int, beside: bool) -> list[Any] | None:
+        """What came of it; None where it runs beside the engine, and `learned` is asked later."""
+        self._learning = self._host.start_update(messages.to_sequences(sequences), step, beside)
+        return None if beside else await self._learned()
+
+    async def _learned(self) -> list[Any]:
+        return messages.from_result(self._learning())
 
     async def _reference_logps(self, sequences: list[Any]) -> list[tuple[float, ...]]:
         return self._host.reference_logps(messages.to_sequences(sequences))
