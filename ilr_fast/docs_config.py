@@ -17,7 +17,7 @@ from ilr_fast.runfolder import MAY_DIFFER
 
 HEAD = """# Config reference
 
-Written by `make docs` from the config tree (`ilr_fast/config.py`); change it there.
+Written by `make docs` from the config tree (`ilr_fast/config.py`, `config_agent.py`); change it there.
 
 A YAML file lists only what differs from the defaults. On the command line `key=value` follows the file, the key in full
 or as much of its end as only one key has: `ilr-fast train configs/cpu/quickstart.yaml steps=4 loss.beta=0.01`. A
