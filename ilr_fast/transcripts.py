@@ -36,7 +36,7 @@ class Spoken:
         """The answer that was read, reward → calibrated reward → advantage, and how the turn ended."""
         texts = [] if self.answer is None else [f"answer {self.answer}"]
         for name, value in (("reward", self.reward), ("calibrated", self.calibrated), ("advantage", self.advantage)):
-            texts.append(f"{name} {'–' if value is None else f'{value:.2f}'.replace('-', '−')}")
+            texts.append(f"{name} {'–' if value is None else f'{value:z.2f}'.replace('-', '−')}")
         if self.tokens is not None:
             texts.append(f"{self.tokens} tokens" + (", cut off" if self.finish == "length" else ""))
         return " · ".join(texts)

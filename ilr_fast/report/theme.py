@@ -26,7 +26,7 @@ def config(dark: bool = False) -> dict[str, Any]:
         "axis": {
             "labelColor": soft, "titleColor": soft, "gridColor": line, "domainColor": line, "tickColor": line,
             "labelFontSize": 11, "titleFontSize": 11.5, "titleFontWeight": "normal", "titlePadding": 8,
-            "labelPadding": 4, "tickSize": 4, "labelOverlap": True,
+            "labelPadding": 4, "tickSize": 4, "labelOverlap": True, "labelFlush": False,
         },
         "axisY": {"domain": False, "ticks": False},
         "legend": {
