@@ -19,18 +19,17 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from ilr_kernels.chunks import rows_of
 from ilr_kernels.lm_head import linear_logprob, linear_policy_loss
-from ilr_kernels.policy_loss import PolicyLoss
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from ilr_fast.attention import LMHead, lm_head_of, packed_forward
 from ilr_fast.batch import BatchRules, PackedBatch, PackedStep, pack_step, split_by_question
-from ilr_fast.config import AgentConfig, Config, LossConfig
+from ilr_fast.config import AgentConfig, Config
 from ilr_fast.flash_attention import RaggedKernel
 from ilr_fast.fused_layers import fuse_layers
 from ilr_fast.gradients import GradientSinks
@@ -40,33 +39,10 @@ from ilr_fast.optimizer import Optimizer
 from ilr_fast.out_of_memory import MemoryGuard
 from ilr_fast.step_meter import METRICS, StepMeter
 from ilr_fast.types import StepResult, TrainingSequence
+from ilr_fast.update_inputs import Given, Minibatch, policy_loss_of
 
 Result = TypeVar("Result")
 FIRST_LOSS_SCALE = 2.0**12  # float16 gradients below 6e-8 would vanish; halved after every overflow
-
-
-class Given(NamedTuple):
-    """What the loss takes as constants, by trained token; None where it is not needed."""
-
-    old_logp_N: Tensor | None
-    ref_logp_N: Tensor | None
-
-    def at(self, token_N: Tensor) -> Given:
-        """Those of some tokens."""
-        return Given(*(None if x is None else x[token_N] for x in self))
-
-
-class _Minibatch:
-    """The sequences of one optimizer step, packed once for every number of tokens."""
-
-    def __init__(self, sequences: Sequence[TrainingSequence], pack: Callable[..., PackedStep]):
-        self._sequences, self._pack = sequences, pack
-        self._packed: tuple[int, PackedStep] | None = None
-
-    def packed(self, tokens: int) -> PackedStep:
-        if self._packed is None or self._packed[0] != tokens:
-            self._packed = tokens, self._pack(self._sequences, tokens)
-        return self._packed[1]
 
 
 class Agent:
@@ -120,7 +96,7 @@ class Agent:
         rollout in which no turn has a gradient. `tokens_trained` counts each token of the rollout once.
         """
         assert self.trains, "a peer that only talks is not updated"
-        minibatches = [_Minibatch(part, self._pack) for part in split_by_question(sequences, self.loss.minibatches)]
+        minibatches = [Minibatch(part, self._pack) for part in split_by_question(sequences, self.loss.minibatches)]
         packed = [part.packed(self.guard.tokens) for part in minibatches]
         trained, dropped = sum(p.tokens_trained for p in packed), sum(p.tokens_dropped for p in packed)
         parts = [part for part, p in zip(minibatches, packed, strict=True) if p.batches]
@@ -204,7 +180,7 @@ class Agent:
         if self.sinks is not None:
             self.sinks.release()
 
-    def _given(self, part: _Minibatch, several: bool, tokens: int, meter: StepMeter) -> Given:
+    def _given(self, part: Minibatch, several: bool, tokens: int, meter: StepMeter) -> Given:
         """π_old and π_ref of a minibatch, before the first update."""
         if not several and not self.policy_loss.beta:
             return Given(None, None)
@@ -220,7 +196,7 @@ class Agent:
         return Given(*(None if x[0] is None else torch.cat(x)[order] for x in zip(*found, strict=True)))
 
     def _optimize(
-        self, part: _Minibatch, given: Given, step: int, first: bool, tokens: int, meter: StepMeter
+        self, part: Minibatch, given: Given, step: int, first: bool, tokens: int, meter: StepMeter
     ) -> None:
         """One optimizer step over its micro-batches; `first`: no update of this rollout came before."""
         optimizer, sinks = self.optimizer, self.sinks
@@ -304,23 +280,6 @@ class Agent:
                 yield
             finally:
                 self.model.eval()
-
-
-def policy_loss_of(config: LossConfig) -> PolicyLoss:
-    """The kernels' loss for a config; k1 acts in the reward, so the loss then has no KL."""
-    return PolicyLoss(
-        ratio=config.ratio,
-        clip_low=config.clip_low,
-        clip_high=config.clip_high,
-        dual_clip=config.dual_clip,
-        objective=config.objective,
-        kl="k2" if config.kl == "k1" else config.kl,
-        beta=0.0 if config.kl == "k1" else config.beta,
-        entropy_coef=config.entropy_coef,
-        importance=config.importance,
-        importance_mode=config.importance_mode,
-        importance_cap=config.importance_cap,
-    )
 
 
 def _skipped(meter: StepMeter) -> str | None:
