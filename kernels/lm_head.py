@@ -153,7 +153,7 @@ def linear_policy_loss(
     dtype = accumulation_dtype(hidden_TD.dtype)
 
     def run(rows: Tensor | None, gate: Gate | None) -> tuple[Tensor | None, TokenInputs, Gradients | None, Swept]:
-        turns = _turns(loss, None if turn_T is None else take(turn_T, rows))
+        turns = Turns.of(take(turn_T, rows)) if loss.over_turns and turn_T is not None else None
         inputs = TokenInputs(*(x if x is None else take(x, rows).to(dtype) for x in vectors.values()), turns)
         hidden_ND, target_N = take(hidden_TD, rows), take(target_T, rows)
         grads = make_buffers(head, hidden_ND, hidden_TD.requires_grad, weight_grad_VD) if forms_gradients else None
@@ -212,18 +212,14 @@ def _masked(target_T: Tensor, vectors: dict[str, Tensor | None]) -> tuple[Tensor
     return torch.where(valid_T, target_T, 0), masked
 
 
-def _turns(loss: PolicyLoss, turn_T: Tensor | None) -> Turns | None:
-    return Turns.of(turn_T) if loss.over_turns and turn_T is not None else None
-
-
 def _factors(
     loss: PolicyLoss, target_T: Tensor, advantage_T: Tensor, weight_T: Tensor, turn_T: Tensor | None
 ) -> tuple[Tensor, ...]:
     """What must not be 0 for a row to be needed; a row is where any of its turn is, if the loss is over turns."""
     factors = (weight_T, advantage_T) if loss.beta == 0 and loss.entropy_coef == 0 else (weight_T,)
-    turns = _turns(loss, turn_T)
-    if turns is None:
+    if not loss.over_turns or turn_T is None:
         return factors
+    turns = Turns.of(turn_T)
     return (turns.sum(counted(target_T, factors).float()),)
 
 

@@ -88,10 +88,9 @@ def check_loss(
         "behavior_logp_T is needed for importance={!r}",
         loss.importance,
     )
-    if not loss.over_turns:
-        return
     if turn_T is None:
-        raise ValueError("turn_T is needed where the ratio or the importance weight is taken over a sequence")
+        _require(not loss.over_turns, "turn_T is needed where the ratio or the importance weight is over a sequence")
+        return
     _require(turn_T.shape == hidden_TD.shape[:1], "turn_T must be ({},), not {}", len(hidden_TD), turn_T.shape)
     _require(turn_T.dtype in (torch.int64, torch.int32), "turn_T must be an integer tensor, not {}", turn_T.dtype)
     _require(turn_T.device == hidden_TD.device, "turn_T is on {}, hidden_TD on {}", turn_T.device, hidden_TD.device)

@@ -288,3 +288,10 @@ def test_mistakes_name_the_argument(name):
     for bad in BAD[name]:
         with pytest.raises(ValueError, match=f"^{name}"):
             linear_policy_loss(**{**good, name: bad})
+
+
+def test_turns_are_looked_at_where_the_loss_does_not_need_them():
+    tokens = torch.zeros(5, 4), torch.zeros(7, 4), torch.zeros(5, dtype=torch.int64), torch.ones(5), torch.ones(5)
+    for bad in (torch.zeros(4, dtype=torch.int64), torch.zeros(5)):
+        with pytest.raises(ValueError, match="^turn_T"):
+            linear_policy_loss(*tokens, turn_T=bad)
