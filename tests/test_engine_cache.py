@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from ilr_fast.attention import AttentionSettings
-from ilr_fast.engines.cache import GROW_TOKENS, CachePlan, Copy, Piece, SlotCache
+from ilr_fast.engines.cache import GROW_TOKENS, CachePlan, SlotCache
 from ilr_fast.engines.ragged import RaggedReads
+from ilr_fast.engines.slots import Copy, Piece
 
 
 @pytest.mark.parametrize("length", [GROW_TOKENS - 1, GROW_TOKENS, 2 * GROW_TOKENS])

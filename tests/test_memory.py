@@ -13,8 +13,9 @@ from vllm_models import FAMILIES, small_model
 from ilr_fast.activations import activations
 from ilr_fast.attention import packed_forward
 from ilr_fast.config import AgentConfig, Config, EngineConfig, LoraConfig, LossConfig, OptimizerConfig
-from ilr_fast.engines.cache import CachePlan, Piece, SlotCache
+from ilr_fast.engines.cache import CachePlan, SlotCache
 from ilr_fast.engines.embedded import EmbeddedEngine
+from ilr_fast.engines.slots import Piece
 from ilr_fast.engines.step_size import logit_rows, prompt_tokens
 from ilr_fast.memory import Use, agent_memory, weight_size
 from ilr_fast.model_shape import model_shape, shape_of

@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ilr_fast.engines.cache import Copy, Piece
-from ilr_fast.engines.slots import SlotTable
+from ilr_fast.engines.slots import Copy, Piece, SlotTable
 from ilr_fast.types import Generation, Sampling
 
 

@@ -21,28 +21,11 @@ from torch import Tensor
 
 from ilr_fast.attention import AttentionSettings, block_attention
 from ilr_fast.engines.ragged import RaggedReads
+from ilr_fast.engines.slots import Copy, Piece
 from ilr_fast.flash_attention import RaggedKernel, kernel_fits, torch_kernel
 
 GROW_TOKENS = 64
 RANGE_OVERHEAD = 400  # keys of one slot that cost as much as one more range (measured with SmolLM2's heads)
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """`new` tokens appended to the `past` ones of a slot."""
-
-    slot: int
-    past: int
-    new: int
-
-
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """The first `length` tokens of slot `source` also become those of `targets`."""
-
-    source: int
-    targets: tuple[int, ...]
-    length: int
 
 
 class SlotCache:

@@ -13,18 +13,15 @@ gather and one scatter, whatever their number.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ilr_fast.attention import AttentionSettings
+from ilr_fast.engines.slots import Copy, Piece
 from ilr_fast.flash_attention import RaggedKernel
 from ilr_fast.segments import Segments
-
-if TYPE_CHECKING:
-    from ilr_fast.engines.cache import Copy, Piece
 
 
 class RaggedReads:

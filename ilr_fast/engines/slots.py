@@ -1,4 +1,4 @@
-"""Which tokens each cache slot holds, and which slot a new request should take.
+"""Which tokens each cache slot holds, which slot a new request should take, and what a step does to slots.
 
 A freed slot keeps its tokens. A new request looks for the longest prefix it has in common with any slot, running ones
 and those filled in the same step included. A prompt that only continues an idle slot takes that slot over (a
@@ -21,6 +21,24 @@ class Placement:
     slot: int
     source: int
     common: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """`new` tokens appended to the `past` ones of a slot."""
+
+    slot: int
+    past: int
+    new: int
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """The first `length` tokens of slot `source` also become those of `targets`."""
+
+    source: int
+    targets: tuple[int, ...]
+    length: int
 
 
 class SlotTable:
