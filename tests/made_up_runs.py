@@ -65,6 +65,7 @@ def _metrics(step, steps, skill, lift, stages, draw):
             "logp_diff_mean": 2e-6 * (1 + draw.random()), "logp_diff_max": 3e-5 * (1 + draw.random()),
             "clip_share": 0.0, "grad_norm": 1.2 + draw.random(), "lr": 2e-5, "memory_peak_gib": 5.1 + 0.02 * step,
             "tokens_per_second": 410 + draw.gauss(0, 20),
+            "prefix_hit_rate": 0.75, "truncated_share": 0.02 * grown,
             "validation_accuracy": right if step % 7 == 0 else None,
         }  # fmt: skip
 

@@ -76,7 +76,8 @@ def test_full_run_shows_every_section(full):
         assert f'<section id="{anchor}">' in page
     titles = [figure["title"] for figure in figures_of(page)]
     for title in ("Validation accuracy", "Accuracy: fusion", "Calibrated reward", "Share of cooperation", "Entropy",
-                  "Tokens per second", "Peak memory", "Seconds of a step", "Groups without a gradient",
+                  "Tokens per second", "Prompts from the prefix cache", "Importance weights above the cap",
+                  "Peak memory", "Seconds of a step", "Groups without a gradient",
                   "Accuracy on test", "Log-probs, trainer against engine", "Calibrated by raw reward",
                   "Right last answers · gemma"):  # fmt: skip
         assert title in titles and f"<b>{title}</b>" in page

@@ -31,6 +31,8 @@ TRAINING: tuple[Row, ...] = (
 MACHINE: tuple[Row, ...] = (
     ("Peak memory", ("memory_peak_gib",), "gib", "peak memory, GiB", "so far"),
     ("Tokens per second", ("tokens_per_second",), "count", "tokens per second", "generated"),
+    ("Prompts from the prefix cache", ("prefix_hit_rate",), "percent", "tokens not computed", "of all prompts' tokens"),
+    ("Importance weights above the cap", ("truncated_share",), "percent", "tokens", "trained tokens"),
 )
 
 
