@@ -66,7 +66,11 @@ def load_benchmark(
         raise UserError(f"no benchmark is called {name!r}", "benchmarks", nearest(name, BENCHMARKS))
     benchmark, folder = BENCHMARKS[name], folder or os.environ.get("ILR_DATA")
     if folder:
-        rows = jsonl_rows(Path(folder).expanduser() / benchmark.file)
+        path = Path(folder).expanduser() / benchmark.file
+        if not path.exists():
+            remedy = f"put {benchmark.file} there, or leave evaluate.folder and ILR_DATA out to take it from the Hub"
+            raise UserError(f"no file {path}", f"benchmark {name}", remedy)
+        rows = jsonl_rows(path)
         wanted = benchmark.split
         questions = questions_of((row for row in rows if wanted is None or row[1].get("split") == wanted), name,
                                  seed=seed)
