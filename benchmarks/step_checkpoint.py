@@ -24,7 +24,7 @@ def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> Iterator[d
     shape = f"Qwen2 1.5B, {load['questions']} questions × {load['samples']} samples"
     with tempfile.TemporaryDirectory() as folder:
         told = asked({"ada": QWEN}, ["forced"] * 4, load, folder, device, quick=quick,
-                     context=512 if quick else 1024, cache_gib=8.75)  # fmt: skip
+                     context=512 if quick else 2304, cache_gib=8.75)  # fmt: skip
         lines = run_case("step_case", told | {"checkpoint_every": 2})
     if what := failed(lines):
         yield row("GRPO beside a checkpoint", shape, [], status=f"wrong: {what}")

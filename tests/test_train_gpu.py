@@ -15,9 +15,11 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 def check(found: dict[str, tuple[float, float]]) -> None:
-    """No further from float32 than plain bfloat16 is, but for a quarter: both are noise of the same kind."""
-    wrong = {n: (ours, plain) for n, (ours, plain) in found.items() if not ours < 1.25 * plain + 2e-3}
+    """No further from float32 than plain bfloat16 is: on average over the parameters, and each but for a half, since
+    both errors are noise (an H200, three families, six seeds: means 0.78 to 0.92, one ratio of 576 above 1.2: 1.34)."""
+    wrong = {n: (ours, plain) for n, (ours, plain) in found.items() if not ours < 1.5 * plain + 2e-3}
     assert not wrong, wrong
+    assert sum(ours / plain for ours, plain in found.values()) <= len(found)
 
 
 def spied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
