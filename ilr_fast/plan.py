@@ -190,8 +190,9 @@ class _Crew:
         return parts + [Part(name, "engine", self.memories[name].engine) for name in working]
 
     def updating(self, names: Sequence[str]) -> list[Part]:
-        """The named agents' updates at the same time."""
-        return self.resting(names) + [part for name in names for part in _update(name, self.memories[name])]
+        """The named agents' updates at the same time; beside the dialogues, where these are a step ahead."""
+        there = self.generating(list(self.memories)) if self.config.rollout.ahead else self.resting(names)
+        return there + [part for name in names for part in _update(name, self.memories[name])]
 
 
 def _phase(name: str, parts: Sequence[Part]) -> Phase:
@@ -210,8 +211,11 @@ def _update(name: str, memory: AgentMemory) -> list[Part]:
 
 
 def _updates(config: Config, memories: Mapping[str, AgentMemory]) -> list[tuple[str, ...]]:
-    """The agents that update at the same time: those in processes of their own, beside one of the command's."""
+    """The agents that update at the same time: those in processes of their own, beside one of the command's; all,
+    where dialogues are a step ahead."""
     trains = [name for name in memories if config.agents[name].train != "none"]
+    if config.rollout.ahead:
+        return [tuple(trains)]
     if any(residence(config.agents[name]) == "away" for name in memories):
         return [(name,) for name in trains]
     apart = tuple(name for name in trains if config.agents[name].host == "process")

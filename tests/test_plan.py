@@ -224,6 +224,17 @@ def test_what_can_not_fit_has_no_remedy(shapes):
     assert not any(remedy.plan.fits for remedy in remedies(settled, known, machine(1)))
 
 
+def test_dialogues_ahead_stand_beside_all_updates(shapes):
+    engines = [f"agents.{n}.engine={{name: vllm, weights: copy, slots: 8, cache_gib: 2}}" for n in ("qwen", "smollm2")]
+    config, known = opened(PAIR, shapes, *engines, "loss.importance=token", "rollout.ahead=true")
+    settled = fill_in(everything_auto(config), known, machine(78))
+    assert all(agent.engine.sleep == "never" for agent in settled.agents.values()), "none rests while others learn"
+    phases = {phase.name: phase for phase in plan_run(settled, known, machine(78)).devices[0].phases}
+    update = phases["update " + " + ".join(settled.agents)]
+    assert set(phases["generate"].parts) < set(update.parts)
+    assert {part.agent for part in update.parts if part.item == "gradients"} == set(settled.agents)
+
+
 def test_processes_have_contexts_and_updates_of_their_own(shapes):
     config, known = opened(PAIR, shapes)
     settled = fill_in(config, known, machine(78))
