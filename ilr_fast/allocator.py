@@ -1,9 +1,13 @@
-"""Freed memory of the host stays with the process, for the next step to use; freed memory of a GPU leaves no holes.
+"""Freed memory of the host stays with the process, for the next step to use; large blocks of it lie in large pages;
+freed memory of a GPU leaves no holes.
 
 glibc maps every large block anew and gives it back when it is freed. A training step frees and takes some hundred MiB
 of gradients and logits; the kernel then hands out the same pages again, zeroed, one fault of 4 KiB each: a tenth of a
 step on the CPU, more in a virtual machine. With mapping and trimming put off, faults stop after the first steps. The
 process's peak stays what it was.
+
+A page of 4 KiB that is touched for the first time costs a fault, and one that is locked for a GPU's copies costs again:
+on a virtual machine with an H200 0.9 s and 0.4 to 0.7 s a GiB. In pages of 2 MiB a GiB was locked in 0.3 to 0.4 s.
 
 PyTorch's memory on a GPU is made of segments, and what is too large for a hole takes a new one: with sizes that change
 from step to step a quarter and more lies in holes. Segments that grow have no such holes. Pools with an allocator of
@@ -18,7 +22,13 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_LARGE_PAGE = 2**21  # bytes
+_MADV_HUGEPAGE = 14  # sys/mman.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _NEVER = 2**31 - 1  # mallopt takes an int
 
@@ -29,6 +39,15 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and bool(mallopt(_M_MMAP_THRESHOLD, _NEVER) and mallopt(_M_TRIM_THRESHOLD, _NEVER))
+
+
+def in_large_pages(fresh: Tensor) -> Tensor:
+    """`fresh`, a tensor of the host's that nothing has been written to; Linux is asked for large pages for it."""
+    start = -(-fresh.data_ptr() // _LARGE_PAGE) * _LARGE_PAGE
+    size = (fresh.data_ptr() + fresh.nbytes) // _LARGE_PAGE * _LARGE_PAGE - start
+    if sys.platform.startswith("linux") and size > 0:  # a kernel that knows none says no, and nothing is lost
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), _MADV_HUGEPAGE)
+    return fresh
 
 
 def grow_segments() -> None:

@@ -28,6 +28,8 @@ import torch
 from ilr_kernels.adamw import CHUNK
 from torch import Tensor
 
+from ilr_fast.allocator import in_large_pages
+
 ALIGNED = 16  # numbers; the kernel wants states to begin at multiples of 16 bytes
 BUCKET_BYTES = 2**27  # of all kinds of states together
 STAGES = 3
@@ -67,7 +69,9 @@ class HostStates:
             self._starts.append(total)
             total += -(-parameter.numel() // ALIGNED) * ALIGNED
         self._bucket = min(self._bucket, total)
-        self._blocks = {kind: torch.zeros(max(1, total), dtype=dtype) for kind, dtype in self.kinds.items()}
+        self._blocks = {
+            kind: in_large_pages(torch.empty(max(1, total), dtype=dtype)).zero_() for kind, dtype in self.kinds.items()
+        }
         if self._device.type == "cuda":
             _lock(self, list(self._blocks.values()))
 

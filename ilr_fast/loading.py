@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ilr_fast.allocator import in_large_pages
 from ilr_fast.attention import lm_head_of, prepare
 from ilr_fast.config import AgentConfig, LoraConfig
 from ilr_fast.errors import UserError
@@ -97,9 +98,15 @@ def _load(config: AgentConfig, where: str, seed: int, *, on_host: bool = False) 
     prepare(model)
     if config.quantize == "nf4" and not config.random_weights:
         quantize_(model, dtype_of(config, device), where)
-    model = model.to("cpu" if on_host else device)
     if on_host and config.random_weights and device.type == "cuda":
-        torch.cuda.empty_cache()  # they were drawn there
+        return _moved_to_host(model)  # they were drawn there
+    return model.to("cpu" if on_host else device)
+
+
+def _moved_to_host(model: nn.Module) -> nn.Module:
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = in_large_pages(torch.empty_like(tensor, device="cpu")).copy_(tensor)
+    torch.cuda.empty_cache()
     return model
 
 

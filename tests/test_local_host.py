@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from importlib import metadata
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from learners import save_model, words
 
+from ilr_fast import allocator, loading
 from ilr_fast.allocator import grow_segments, plain_segments
 from ilr_fast.chat import ChatFormat
 from ilr_fast.config import AgentConfig, Config, EngineConfig, OptimizerConfig, RolloutConfig
@@ -81,3 +85,25 @@ def test_segments_grow_but_while_an_engine_is_opened(monkeypatch):
     with plain_segments():
         grow_segments()
     assert len(told) == 3
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux has large pages by request")
+def test_large_blocks_are_asked_for_in_large_pages(monkeypatch):
+    told = []
+    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda _: SimpleNamespace(madvise=lambda *asked: told.append(asked)))
+    block = torch.empty(5 * 2**20, dtype=torch.uint8)
+    assert allocator.in_large_pages(block) is block
+    ((start, size, advice),) = told
+    assert start.value % 2**21 == 0 and size.value % 2**21 == 0 and size.value >= 2**21 and advice == 14
+    assert block.data_ptr() <= start.value and start.value + size.value <= block.data_ptr() + block.nbytes
+    allocator.in_large_pages(torch.empty(1000))
+    assert len(told) == 1
+
+
+def test_weights_that_were_drawn_on_a_device_move_to_the_host_as_they_are(tmp_path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(save_model(tmp_path, "llama_tied"))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    parameters = dict(model.named_parameters())
+    moved = loading._moved_to_host(model)
+    assert moved is model and all(p is parameters[n] for n, p in moved.named_parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in moved.state_dict().items())

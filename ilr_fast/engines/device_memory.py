@@ -9,6 +9,8 @@ from typing import Protocol
 
 import torch
 
+from ilr_fast.allocator import in_large_pages
+
 Handle = tuple[int, int, int, int]  # device, bytes, address, CUDA's handle of the physical memory
 GIB = 2**30
 
@@ -96,7 +98,7 @@ def pinned(size: int) -> torch.Tensor:
     free = available_host_memory()
     if size > free:
         raise OutOfMemory(size, free, on_host=True)
-    buffer = torch.empty(size, dtype=torch.uint8)
+    buffer = in_large_pages(torch.empty(size, dtype=torch.uint8))
     if torch.cuda.is_initialized():  # torch's own pinned memory comes in powers of two
         cudart, address = torch.cuda.cudart(), buffer.data_ptr()
         if int(cudart.cudaHostRegister(address, size, 0)) == 0:  # else copies take longer
