@@ -103,7 +103,9 @@ def _load(config: AgentConfig, where: str, seed: int, *, on_host: bool = False) 
     return model.to("cpu" if on_host else device)
 
 
+@torch.no_grad()
 def _moved_to_host(model: nn.Module) -> nn.Module:
+    """The same model, its tensors in the host's memory."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = in_large_pages(torch.empty_like(tensor, device="cpu")).copy_(tensor)
     torch.cuda.empty_cache()
