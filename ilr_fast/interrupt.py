@@ -8,11 +8,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+WAITING = b"\ninterrupted: the update or checkpoint under way is finished first; once more ends at once, without it\n"
 
 
 class Interrupt:
@@ -36,6 +39,7 @@ class Interrupt:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._holding and not self._pending:
             self._pending = True
+            os.write(2, WAITING)  # not by print, which may be in the middle of a line
             return
         raise KeyboardInterrupt
 

@@ -1,0 +1,44 @@
+"""Ctrl-C: at once, or after what must not be cut in two, and then the user is told what is waited for."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from ilr_fast.interrupt import Interrupt
+
+
+def press() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_at_once_where_nothing_can_be_lost(capfd):
+    with pytest.raises(KeyboardInterrupt), Interrupt():
+        press()
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_put_off_until_the_block_is_done_and_said_so(capfd, number):
+    done = []
+    with Interrupt() as interrupt, pytest.raises(KeyboardInterrupt):
+        with interrupt.held():
+            os.kill(os.getpid(), number)
+            done.append(True)
+        done.append(False)
+    assert done == [True] and "is finished first" in capfd.readouterr().err
+
+
+def test_a_second_one_is_not_put_off(capfd):
+    done = []
+    with Interrupt() as interrupt, pytest.raises(KeyboardInterrupt), interrupt.held():
+        press()
+        press()
+        done.append(True)
+    assert not done and capfd.readouterr().err.count("is finished first") == 1
+    previous = signal.getsignal(signal.SIGINT)
+    with Interrupt():
+        assert signal.getsignal(signal.SIGINT) != previous
+    assert signal.getsignal(signal.SIGINT) == previous
