@@ -72,10 +72,11 @@ def test_an_agent_with_adapters_trains_with_vllm(tmp_path: Path, models: Path) -
     assert rows[0]["agents"]["ada"]["engine_noise"] < 1e-5 and rows[1]["agents"]["ada"]["engine_noise"] is None
 
 
-@pytest.mark.parametrize("host", ["local", "process"])
-def test_dialogues_are_sampled_a_step_ahead(tmp_path: Path, models: Path, host: str) -> None:
+def test_dialogues_are_sampled_a_step_ahead(tmp_path: Path, models: Path) -> None:
     ahead = {"rollout__ahead": True, "loss": {"importance": "token"}}
-    status, rows = train(tmp_path / "a", models, host, ada={"optimizer": {"lr": 0.02}}, weights="copy", **ahead)
+    status, rows = train(
+        tmp_path / "a", models, "process", ada={"optimizer": {"lr": 0.02}}, weights="copy", **ahead
+    )
     assert status == 0 and len(rows) == 2
     first, second = (row["agents"]["ada"] for row in rows)
     assert first["logp_diff_max"] < 1e-4 and second["logp_diff_max"] > 0.01, "of the weights before the first update"
