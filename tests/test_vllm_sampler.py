@@ -111,4 +111,6 @@ def test_a_sampler_that_is_not_known_stays() -> None:
     from ilr_fast.engines.vllm_sampler import install
 
     runner = SimpleNamespace(sampler=torch.nn.Identity())
-    assert not install(runner) and isinstance(runner.sampler, torch.nn.Identity)
+    with pytest.warns(UserWarning, match="it stays, and is slower"):
+        assert not install(runner)
+    assert isinstance(runner.sampler, torch.nn.Identity)

@@ -9,6 +9,7 @@ penalties, …) are sampled by vLLM's own sampler; a request's tokens do not dep
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,12 @@ from torch import Tensor
 
 
 def install(runner: Any) -> bool:
-    """Whether the runner's sampler is one whose parts are known here, and is replaced."""
+    """Whether the runner's sampler is one whose parts are known here, and is replaced; else a warning."""
     sampler = getattr(runner, "sampler", None)
     states = getattr(sampler, "sampling_states", None)
     known = all(hasattr(states, name) for name in ("temperature", "seeds", "num_logprobs"))
     if not known or not hasattr(sampler, "req_states") or getattr(sampler, "compute_nans", True):
+        warnings.warn("vLLM's sampler is not the one of 0.25 that is known here: it stays, and is slower", stacklevel=2)
         return False
     runner.sampler = PlainSampler(sampler, states)
     return True
