@@ -214,7 +214,8 @@ def _with_vllm(name: str, agent: AgentConfig, config: Config, chat: ChatFormat) 
             options=options,
             weights=agent.engine.weights,
             stop_tokens=chat.stop_tokens,
-            seeded=config.deterministic,
+            # While agents learn beside it, torch's one generator is not the engine's alone.
+            seeded=config.deterministic or config.rollout.ahead,
             device=device_of(agent, where),
             where=where,
         )
