@@ -30,11 +30,11 @@ class Theirs:
     def apply_staged_writes(self) -> None:
         self.told += 1
 
-    def add_request(self, place: int, prompt_tokens: int, parameters: Any) -> None: ...
+    def add_request(self, req_idx: int, prompt_len: int, sampling_params: Any) -> None: ...
 
-    def __call__(self, logits_NV: torch.Tensor, batch: Any) -> Any:
+    def __call__(self, logits: torch.Tensor, input_batch: Any) -> Any:
         self.calls += 1
-        rows = len(logits_NV)
+        rows = len(logits)
         logprobs = SimpleNamespace(logprobs=torch.zeros(rows, 1))
         return SimpleNamespace(sampled_token_ids=torch.zeros(rows, 1, dtype=torch.long), logprobs_tensors=logprobs)
 
@@ -107,10 +107,37 @@ def test_the_gpu_is_told_of_new_requests_once(replaced: Any) -> None:
         assert theirs.told == told
 
 
-def test_a_sampler_that_is_not_known_stays() -> None:
+def test_a_sampler_is_told_of_a_request_as_its_release_is(replaced: Any) -> None:
+    """vLLM 0.32 leaves the prompt's length out."""
+    sampler, theirs = replaced
+    theirs.add_request = lambda req_idx, sampling_params: None
+    sampler.add_request(5, parameters())
+    sampler(LOGITS[:1], batch_of([5]))
+    assert theirs.calls == 0
+
+
+def test_the_release_here_is_known() -> None:
+    from vllm.v1.worker.gpu.sample.sampler import Sampler
+
+    from ilr_fast.engines import vllm_sampler
+
+    states = SimpleNamespace(temperature=None, seeds=None, num_logprobs=None, max_num_reqs=8)
+    sampler: Any = object.__new__(Sampler)
+    vars(sampler).update(sampling_states=states, req_states=None, compute_nans=False)
+    assert vllm_sampler._is_known(sampler)
+
+
+class CalledOtherwise(Theirs):
+    """A later release whose sampler wants more."""
+
+    def __call__(self, logits: torch.Tensor, input_batch: Any, more: Any = None) -> Any: ...
+
+
+@pytest.mark.parametrize("theirs", [torch.nn.Identity(), CalledOtherwise()])
+def test_a_sampler_that_is_not_known_stays_and_is_named(theirs: Any) -> None:
     from ilr_fast.engines.vllm_sampler import install
 
-    runner = SimpleNamespace(sampler=torch.nn.Identity())
-    with pytest.warns(UserWarning, match="it stays, and is slower"):
+    runner = SimpleNamespace(sampler=theirs)
+    with pytest.warns(UserWarning, match=type(theirs).__name__):
         assert not install(runner)
-    assert isinstance(runner.sampler, torch.nn.Identity)
+    assert runner.sampler is theirs

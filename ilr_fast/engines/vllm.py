@@ -37,7 +37,7 @@ from ilr_fast.engines.exact import trainers_kernel
 from ilr_fast.engines.mistakes import failure_of, mistake_of
 from ilr_fast.engines.stops import Decoder, StopStrings
 from ilr_fast.engines.vllm_core import CoreOptions, open_core
-from ilr_fast.engines.vllm_logps import Noise, float32_logits
+from ilr_fast.engines.vllm_logps import Noise, sample_in_float32
 from ilr_fast.engines.vllm_lora import Adapter
 from ilr_fast.engines.vllm_requests import Requests
 from ilr_fast.errors import UserError
@@ -90,11 +90,7 @@ class VllmEngine:
         self._adapter = None
         if hasattr(model, "peft_config"):
             self._adapter = Adapter(model, self._core.worker, where)
-        float32_logits(self._core.model)
-        if device.type == "cuda":
-            from ilr_fast.engines.vllm_sampler import install  # it needs Triton
-
-            install(self._core.worker.model_runner)
+        sample_in_float32(self._core)
         self.kernel = trainers_kernel(model, self._core, options.exact, where)
         self._client = self._core.client
         self._vocabulary: int = model.get_input_embeddings().weight.shape[0]

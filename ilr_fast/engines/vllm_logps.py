@@ -10,7 +10,7 @@ states that differ in their last bits. `Noise` keeps some of the requests that w
 compute their log-probs once more, as those of prompts: the mean |decoded − prefilled| is the least that a trainer with
 kernels of its own can be expected to differ by.
 
-    float32_logits(core.model)
+    sample_in_float32(core)
     noise = Noise(core, requests)
     noise.keep(prompt, tokens, logps, temperature)       # as requests end
     noise.measure()                                      # nats, before the weights change
@@ -48,6 +48,15 @@ def float32_logits(engine_model: nn.Module) -> Callable[[], None]:
             del processor._get_logits
 
     return undo
+
+
+def sample_in_float32(core: Core) -> None:
+    """On a GPU: float32 logits, read once for the token and its log-prob (vllm_sampler.py)."""
+    float32_logits(core.model)
+    if next(core.model.parameters()).device.type == "cuda":
+        from ilr_fast.engines.vllm_sampler import install  # it needs Triton
+
+        install(core.worker.model_runner)
 
 
 def processors(engine_model: nn.Module) -> list[Any]:

@@ -4,11 +4,12 @@ For a token of softmax(logits / temperature) and its log-prob vLLM copies the lo
 reads them twice for the log-softmax and once more for the token's rank. Requests that ask for anything else (top-k,
 penalties, …) are sampled by vLLM's own sampler; a request's tokens do not depend on whether such ones are beside it.
 
-    install(runner)          # vLLM 0.25's second model runner, on a GPU, with float32 logits
+    install(runner)          # vLLM's second model runner, on a GPU, with float32 logits
 """
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import Any
 
@@ -19,15 +20,24 @@ from torch import Tensor
 
 
 def install(runner: Any) -> bool:
-    """Whether the runner's sampler is one whose parts are known here, and is replaced; else a warning."""
+    """Whether the runner's sampler is replaced: only one whose parts and calls are known here; else a warning says so."""
     sampler = getattr(runner, "sampler", None)
-    states = getattr(sampler, "sampling_states", None)
-    known = all(hasattr(states, name) for name in ("temperature", "seeds", "num_logprobs"))
-    if not known or not hasattr(sampler, "req_states") or getattr(sampler, "compute_nans", True):
-        warnings.warn("vLLM's sampler is not the one of 0.25 that is known here: it stays, and is slower", stacklevel=2)
+    if not _is_known(sampler):
+        name = f"{type(sampler).__module__}.{type(sampler).__qualname__}"
+        warnings.warn(f"vLLM samples by its own kernels, which takes longer: {name} is not known", stacklevel=2)
         return False
-    runner.sampler = PlainSampler(sampler, states)
+    runner.sampler = PlainSampler(sampler, sampler.sampling_states)
     return True
+
+
+def _is_known(sampler: Any) -> bool:
+    """Whether it has what PlainSampler uses and is called as that is, in vLLM 0.25 and 0.32 alike."""
+    states = getattr(sampler, "sampling_states", None)
+    parts = all(hasattr(states, name) for name in ("temperature", "seeds", "num_logprobs", "max_num_reqs"))
+    if not parts or not hasattr(sampler, "req_states") or getattr(sampler, "compute_nans", True):
+        return False
+    called, told = (list(inspect.signature(f).parameters) for f in (sampler, sampler.add_request))
+    return called == ["logits", "input_batch"] and told[:1] == ["req_idx"] and told[-1] == "sampling_params"
 
 
 class PlainSampler:
@@ -41,10 +51,10 @@ class PlainSampler:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._sampler, name)
 
-    def add_request(self, place: int, prompt_tokens: int, parameters: Any) -> None:
-        """A request takes a place."""
-        self._sampler.add_request(place, prompt_tokens, parameters)
-        self._plain[place], self._changed = _is_plain(parameters), True
+    def add_request(self, place: int, *given: Any) -> None:
+        """A request takes a place; its parameters are given last, by vLLM 0.25 after the prompt's length."""
+        self._sampler.add_request(place, *given)
+        self._plain[place], self._changed = _is_plain(given[-1]), True
 
     def apply_staged_writes(self) -> None:
         """Tells the GPU of new requests; vLLM copies all places' parameters at every step."""
