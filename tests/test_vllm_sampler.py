@@ -44,6 +44,7 @@ def batch_of(places: list[int]) -> Any:
     return SimpleNamespace(
         idx_mapping_np=np.array(places), idx_mapping=torch.tensor(places), num_reqs=rows, seq_lens=torch.ones(rows),
         positions=torch.arange(rows), logits_indices=torch.arange(rows), cu_num_logits=torch.arange(rows + 1),
+        num_computed_tokens_np=np.full(rows, 3), num_scheduled_tokens=np.full(rows, 1), prefill_len_np=np.full(rows, 4),
     )  # fmt: skip
 
 
@@ -54,7 +55,7 @@ def replaced(monkeypatch: pytest.MonkeyPatch) -> Any:
     from ilr_fast.engines import vllm_sampler
 
     monkeypatch.setattr(vllm_sampler, "sample", lambda x_NV, *_: (x_NV.argmax(-1), x_NV.log_softmax(-1).amax(-1)))
-    monkeypatch.setattr(input_batch, "get_num_sampled_and_rejected", lambda ones, *_: (ones, 0 * ones))
+    monkeypatch.setattr(input_batch, "get_num_sampled_and_rejected", lambda ones, *_: (ones.zero_(), 0 * ones))
     runner = SimpleNamespace(sampler=Theirs())
     theirs = runner.sampler
     assert vllm_sampler.install(runner)
@@ -76,6 +77,17 @@ def test_rows_that_are_sampled_plainly(replaced: Any) -> None:
     assert torch.equal(output.logprobs_tensors.logprobs[:, 0], LOGITS.log_softmax(-1).amax(-1))
     sampler(LOGITS.bfloat16(), batch_of([5, 2, 7]))
     assert theirs.calls == 1, "the kernel reads float32"
+
+
+def test_a_prompt_that_is_not_in_yet_samples_nothing(replaced: Any) -> None:
+    """What vLLM's kernel says where a prompt's end is missing; else one for each, by the host."""
+    sampler, _ = replaced
+    for place in (5, 2):
+        sampler.add_request(place, 4, parameters())
+    for missing, sampled in ((0, 1), (1, 0), (0, 1)):
+        batch = batch_of([5, 2])
+        batch.prefill_len_np[1] += missing
+        assert sampler(LOGITS[:2], batch).num_sampled.tolist() == [sampled] * 2
 
 
 @pytest.mark.parametrize(

@@ -10,17 +10,19 @@ begun again by the next request. An error that ends it reaches everyone who wait
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 # Passes of the event loop between two steps: enough for a finished turn to reach its peers and come back as requests.
 PASSES_BETWEEN_STEPS = 12
 
+_driving: set[Driver] = set()
+
 
 class Driver:
     """`step` takes a step and says whether there may be more to do; `waiting` are the futures that steps answer."""
 
-    def __init__(self, step: Callable[[], bool], waiting: Callable[[], Iterable[asyncio.Future[Any]]]):
+    def __init__(self, step: Callable[[], Awaitable[bool]], waiting: Callable[[], Iterable[asyncio.Future[Any]]]):
         self._step, self._waiting = step, waiting
         self._task: asyncio.Task[None] | None = None
 
@@ -31,17 +33,25 @@ class Driver:
             self._task = loop.create_task(self._drive())
             self._task.add_done_callback(_heard)
 
+    @property
+    def alone(self) -> bool:
+        """Whether no other engine of this process has steps taken now."""
+        return not _driving - {self}
+
     async def _drive(self) -> None:
+        _driving.add(self)
         try:
             while True:
                 for _ in range(PASSES_BETWEEN_STEPS):
                     await asyncio.sleep(0)
-                if not self._step():
+                if not await self._step():
                     return
         except Exception as error:
             for future in list(self._waiting()):
                 if not future.done():
                     future.set_exception(error)
+        finally:
+            _driving.discard(self)
 
 
 def _heard(task: asyncio.Task[None]) -> None:

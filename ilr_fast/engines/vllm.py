@@ -24,7 +24,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -39,26 +39,13 @@ from ilr_fast.engines.stops import Decoder, StopStrings
 from ilr_fast.engines.vllm_core import CoreOptions, open_core
 from ilr_fast.engines.vllm_logps import Noise, sample_in_float32
 from ilr_fast.engines.vllm_lora import Adapter
-from ilr_fast.engines.vllm_requests import Requests
+from ilr_fast.engines.vllm_requests import Request, Requests
 from ilr_fast.errors import UserError
 from ilr_fast.ticks import tick
 from ilr_fast.types import FinishReason, Generation, Residence, Sampling
 from ilr_fast.weights import check_shared, connect, extra_bytes
 
 WAKING = "lower engine.cache_gib or micro_batch_tokens, set `engine.sleep: turns`, or free memory"
-
-
-@dataclass(slots=True, eq=False)
-class _Request:
-    """What has come of one request: it may sample `limit` tokens and began with the weights `version`."""
-
-    prompt: list[int]
-    limit: int
-    sampling: Sampling
-    future: asyncio.Future[Generation]
-    version: int
-    tokens: list[int] = field(default_factory=list)
-    logps: list[float] = field(default_factory=list)
 
 
 class VllmEngine:
@@ -99,7 +86,7 @@ class VllmEngine:
         self._noise = Noise(self._core, self._form)
         self._version = 0
         self._stops = StopStrings(tokenizer)
-        self._requests: dict[str, _Request] = {}
+        self._requests: dict[str, Request] = {}
         self._admission = Admission(options.tokens_in_flight or self._core.cache_tokens, options.slots)
         self._names = itertools.count()
         self._driver = Driver(self._take_step, lambda: [request.future for request in self._requests.values()])
@@ -113,7 +100,7 @@ class VllmEngine:
 
     def stats(self) -> EngineStats:
         """A snapshot of the counts."""
-        return replace(self._stats, tokens_generated=self._stats.tokens_generated + self._core.tokens_held())
+        return replace(self._stats, tokens_generated=self._stats.tokens_generated + self._core.steps.tokens_held())
 
     def cache_bytes(self) -> int:
         """Memory held for keys and values."""
@@ -141,7 +128,7 @@ class VllmEngine:
 
     def forget(self) -> None:
         """Drops the prefix cache; running requests begin again with what they have sampled."""
-        self._drain()
+        self._take(self._core.steps.drain())
         self._client.reset_prefix_cache(reset_running_requests=True)
 
     def reside(self, residence: Residence) -> None:
@@ -178,7 +165,7 @@ class VllmEngine:
             return Generation((), (), "error", "", mistake)
         loop = asyncio.get_running_loop()
         limit = min(sampling.max_tokens, self.max_context - len(tokens))
-        request = _Request(list(tokens), limit, sampling, loop.create_future(), self._version)
+        request = Request(list(tokens), limit, sampling, loop.create_future(), self._version)
         name = str(next(self._names))
         self._requests[name] = request
         self._stats.tokens_prompt += len(tokens)
@@ -191,7 +178,7 @@ class VllmEngine:
 
         Over some requests that were sampled with the present weights; None where there are none, or others still run.
         """
-        self._drain()
+        self._take(self._core.steps.drain())
         return None if self._requests else self._noise.measure()
 
     def holds(self, tensor: torch.Tensor) -> bool:
@@ -203,18 +190,21 @@ class VllmEngine:
         self._fail(list(self._requests), "the engine was closed")
         self._core.close()
 
-    def step(self) -> None:
-        """One step of vLLM's; finished requests get their results."""
+    async def step(self) -> None:
+        """One step of vLLM's; finished requests get their results.
+
+        Where vLLM computes ahead, other engines' steps come in between, unless requests repeat: the clock says when.
+        """
         tick()
         start = time.perf_counter()
         try:
-            self._take(self._core.step())
+            self._take(await self._core.steps.next(beside=not self._driver.alone and not self._form.seeded))
         except Exception as error:  # vLLM's own: out of memory, a kernel's refusal
             self._fail(list(self._requests), failure_of(error))
         self._stats.steps += 1
         self._stats.seconds += time.perf_counter() - start
 
-    def _take_step(self) -> bool:
+    async def _take_step(self) -> bool:
         """A step with what may enter, where there is work; whether there was."""
         self._abort([n for n, r in self._requests.items() if r.future.done()])  # cancelled, or of a closed loop
         if not self._requests:
@@ -222,7 +212,7 @@ class VllmEngine:
         for name in self._admission.enter():
             request = self._requests[name]
             self._client.add_request(self._form.sampling(name, request.prompt, request.sampling, request.limit))
-        self.step()
+        await self.step()
         return True
 
     def _take(self, outputs: Iterable[Any]) -> None:
@@ -242,7 +232,7 @@ class VllmEngine:
                 self._finish(output.request_id, "stop" if last in self._stop_tokens else "length")
         self._abort(stopped)
 
-    def _append(self, name: str, request: _Request, output: Any) -> bool:
+    def _append(self, name: str, request: Request, output: Any) -> bool:
         """Adds new tokens; True where the request is over before vLLM knows it."""
         tokens, logps = output.new_token_ids, output.new_logprobs.logprobs[:, 0].tolist()
         if not math.isfinite(sum(logps)):
@@ -289,8 +279,3 @@ class VllmEngine:
             for name in names:
                 if self._requests.pop(name, None) is not None:
                     self._admission.leave(name)
-
-    def _drain(self) -> None:
-        """Takes the results of steps that vLLM has begun already, without beginning another."""
-        self._take(self._core.drain())
-

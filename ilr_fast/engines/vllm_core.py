@@ -35,6 +35,7 @@ from ilr_fast.engines.vllm_process import (
 )
 from ilr_fast.engines.vllm_quick import graphs, quick_start
 from ilr_fast.engines.vllm_scheduler import rollout_scheduler
+from ilr_fast.engines.vllm_steps import Steps
 from ilr_fast.errors import UserError
 
 LOWEST, BEYOND = Version("0.25.1"), Version("0.33")
@@ -71,28 +72,9 @@ class Core:
     max_context: int
     cache_bytes: int
     cache_tokens: int
-    stream: torch.cuda.Stream | None = None
+    steps: Steps
     weights: Region | None = None
     cache: Region | None = None
-
-    def step(self) -> list[Any]:
-        """What vLLM's next finished step gave its requests; on a GPU a step more is then under way."""
-        with torch.cuda.stream(self.stream):  # None changes nothing
-            return list(self.client.get_output().outputs)
-
-    def tokens_held(self) -> int:
-        """Tokens that were sampled and that no step has given their requests yet."""
-        return int(getattr(self.client.engine_core.scheduler, "held", 0))
-
-    def drain(self) -> list[Any]:
-        """What the steps that are under way gave their requests; none is begun."""
-        core, found = self.client.engine_core, []
-        while queue := core.batch_queue:
-            future, scheduled, *_ = queue.pop()
-            with torch.cuda.stream(self.stream):
-                outputs = core.scheduler.update_from_output(scheduled, future.result())
-            found += [output for client in outputs.values() for output in client.outputs]
-        return found
 
     def wake(self, *, cache: bool) -> None:
         """Takes the weights' memory again, and that of keys and values if `cache`. OutOfMemory."""
@@ -170,7 +152,8 @@ def open_core(model: Any, options: CoreOptions, where: str, device: torch.device
         regions["weights"].steady(worker.get_model().parameters())
         regions["kv_cache"].only(tensors_of(worker.model_runner.kv_caches))
     memory = regions.get("weights"), regions.get("kv_cache")
-    return Core(client, worker, worker.get_model(), context, cache, cache // bytes_per_token(model), stream, *memory)
+    tokens, steps = cache // bytes_per_token(model), Steps(client, stream)
+    return Core(client, worker, worker.get_model(), context, cache, tokens, steps, *memory)
 
 
 def plain_llm(model: Any, options: CoreOptions, folder: str, device: torch.device) -> Any:

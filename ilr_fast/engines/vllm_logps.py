@@ -185,7 +185,7 @@ def _prefilled(
         found: dict[str, list[float]] = {}
         running = set(names)
         while running:
-            for output in core.step():
+            for output in core.steps.step():
                 if (there := output.new_prompt_logprobs_tensors) is not None:
                     found[output.request_id] = there.logprobs[:, 0].tolist()
                 if output.finish_reason is not None:

@@ -17,6 +17,9 @@ import gc
 from collections.abc import Iterator
 from typing import Any
 
+from ilr_fast.engines.vllm_graphs import whole_graphs
+from ilr_fast.engines.vllm_hashes import quick_hashes
+
 PROMPTS = (64, 128, 256, 512, 768, 1024, 1280, 1536, 1792, 2048, 2560, 3072)  # tokens beside those that decode
 
 
@@ -52,7 +55,7 @@ def quick_start() -> Iterator[None]:
     if every_way is not None:
         SamplingParams.for_sampler_warmup = staticmethod(lambda: SamplingParams(logprobs=0))
     try:
-        with _no_bars():
+        with _no_bars(), whole_graphs(), quick_hashes():
             yield
     finally:
         if every_way is not None:

@@ -5,15 +5,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ilr_fast.engines.vllm_scheduler import READ
-from ilr_fast.types import Sampling
+from ilr_fast.types import Generation, Sampling
 
 SEEDS = 2**63 - 1  # vLLM's seeds are not negative
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """What has come of one request: it may sample `limit` tokens and began with the weights `version`."""
+
+    prompt: list[int]
+    limit: int
+    sampling: Sampling
+    future: asyncio.Future[Generation]
+    version: int
+    tokens: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,8 @@ from torch import Tensor
 
 
 def install(runner: Any) -> bool:
-    """Whether the runner's sampler is replaced: only one whose parts and calls are known here; else a warning says so."""
-    sampler = getattr(runner, "sampler", None)
+    """Whether the runner's sampler is replaced: one whose parts and calls are known here; else a warning says so."""
+    sampler: Any = getattr(runner, "sampler", None)
     if not _is_known(sampler):
         name = f"{type(sampler).__module__}.{type(sampler).__qualname__}"
         warnings.warn(f"vLLM samples by its own kernels, which takes longer: {name} is not known", stacklevel=2)
@@ -47,6 +47,10 @@ class PlainSampler:
         self._sampler, self._states = sampler, states
         self._plain = np.zeros(states.max_num_reqs, bool)
         self._changed = True  # there are requests that the GPU was not told of
+        self._ranks_S = torch.zeros(states.max_num_reqs, dtype=torch.int64)  # nobody reads them
+        self._one_S, self._none_S = (
+            torch.full((states.max_num_reqs,), n, dtype=torch.int32, device=states.temperature.gpu.device) for n in (1, 0)
+        )
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._sampler, name)
@@ -84,17 +88,19 @@ class PlainSampler:
         from vllm.v1.worker.gpu.input_batch import get_num_sampled_and_rejected
         from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-        sampled, rejected = get_num_sampled_and_rejected(
-            batch.seq_lens.new_ones(batch.num_reqs),
-            batch.seq_lens,
-            batch.cu_num_logits,
-            batch.idx_mapping,
-            self._sampler.req_states.prefill_len.gpu,
-        )
+        sampled, rejected = self._one_S[: batch.num_reqs], self._none_S[: batch.num_reqs]
+        if (batch.num_computed_tokens_np + batch.num_scheduled_tokens < batch.prefill_len_np).any():
+            sampled, rejected = get_num_sampled_and_rejected(
+                sampled.clone(),
+                batch.seq_lens,
+                batch.cu_num_logits,
+                batch.idx_mapping,
+                self._sampler.req_states.prefill_len.gpu,
+            )
         tokens_N1 = tokens_N.view(-1, 1)
         return SamplerOutput(
             sampled_token_ids=tokens_N1,
-            logprobs_tensors=LogprobsTensors(tokens_N1, logp_N.view(-1, 1), tokens_N),  # nobody reads the ranks
+            logprobs_tensors=LogprobsTensors(tokens_N1, logp_N.view(-1, 1), self._ranks_S[: batch.num_reqs]),
             num_nans=None,
             num_sampled=sampled,
             num_rejected=rejected,

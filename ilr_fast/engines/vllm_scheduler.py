@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-AT_ONCE = 4  # blocks that a request is given at a time, and told of its tokens after
+AT_ONCE = 8  # blocks that a request is given at a time, and told of its tokens after
 READ = "tokens are read as they come"  # an extra argument of requests that stop at texts: they are told more often
 
 

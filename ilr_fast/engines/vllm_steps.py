@@ -1,0 +1,86 @@
+"""Steps of vLLM's core: begun, looked at, and their results taken.
+
+On a GPU two steps of an engine are under way at a time: one is scheduled and launched while the one before it is
+computed. vLLM's own step launches one and then waits for the one before. Where several engines share a process, the
+host waits for none of them while another has a step to begin: each is kept two steps ahead, so that kernels of both run
+beside each other.
+
+    outputs = await steps.next(beside=False)
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """Of vLLM's in-process `client`; `stream` None: torch's current one."""
+
+    client: Any
+    stream: torch.cuda.Stream | None = None
+
+    def step(self) -> list[Any]:
+        """What vLLM's next finished step gave its requests; on a GPU a step more is then under way."""
+        with torch.cuda.stream(self.stream):  # None changes nothing
+            return list(self.client.get_output().outputs)
+
+    async def next(self, *, beside: bool) -> list[Any]:
+        """As `step`; `beside` other engines the event loop goes on until the results are there."""
+        if not beside or self.client.engine_core.batch_queue is None:
+            return self.step()
+        self._begin()
+        while not self._ready():
+            await asyncio.sleep(0)
+        return [] if self._filling() else self._take()
+
+    def drain(self) -> list[Any]:
+        """What the steps that are under way gave their requests; none is begun."""
+        found = []
+        while self.client.engine_core.batch_queue:
+            found += self._take()
+        return found
+
+    def tokens_held(self) -> int:
+        """Tokens that were sampled and that no step has given their requests yet."""
+        return int(getattr(self.client.engine_core.scheduler, "held", 0))
+
+    def _begin(self) -> None:
+        """Begins a step if there is something to compute, and waits for none."""
+        core = self.client.engine_core
+        if not core.scheduler.has_requests():
+            return
+        core.batch_queue_size += 1  # vLLM waits as soon as its queue is full
+        try:
+            with torch.cuda.stream(self.stream):
+                core.step_with_batch_queue()
+        finally:
+            core.batch_queue_size -= 1
+
+    def _ready(self) -> bool:
+        """Whether there is nothing to wait for."""
+        if self._filling():
+            return True
+        output = getattr(self.client.engine_core.batch_queue[-1][0], "async_output", None)
+        return output is None or bool(output.copy_event.query())
+
+    def _filling(self) -> bool:
+        """Whether nothing is taken yet, because a second step can be begun."""
+        core = self.client.engine_core
+        queued = len(core.batch_queue)
+        return not queued or (queued < core.batch_queue_size and core.scheduler.has_requests())
+
+    def _take(self) -> list[Any]:
+        """What the oldest step under way gave its requests."""
+        core = self.client.engine_core
+        future, scheduled, begun = core.batch_queue.pop()
+        with torch.cuda.stream(self.stream):
+            results = future.result()
+            if results is None:
+                begun.result()  # raises what kept the step from being sampled
+            outputs = core.scheduler.update_from_output(scheduled, results)
+        return [output for client in outputs.values() for output in client.outputs]
