@@ -48,9 +48,8 @@ class PlainSampler:
         self._plain = np.zeros(states.max_num_reqs, bool)
         self._changed = True  # there are requests that the GPU was not told of
         self._ranks_S = torch.zeros(states.max_num_reqs, dtype=torch.int64)  # nobody reads them
-        self._one_S, self._none_S = (
-            torch.full((states.max_num_reqs,), n, dtype=torch.int32, device=states.temperature.gpu.device) for n in (1, 0)
-        )
+        self._none_S = torch.zeros(states.max_num_reqs, dtype=torch.int32, device=states.temperature.gpu.device)
+        self._one_S = self._none_S + 1
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._sampler, name)
