@@ -1,11 +1,12 @@
 """Two agents of different families on one GPU: both at the same time, and one after the other.
 
-    ilr-fast bench rollout_agents      # one NVIDIA GPU with vLLM; two minutes a round
+    ilr-fast bench rollout_agents      # one NVIDIA GPU with vLLM; two minutes for 3 rounds
 
 Models with random weights, of Qwen2's 1.5B and Llama 3.2's 1B shape, and 256 dialogues each as in `bench rollout`, all
-in flight. Twice: with both engines in one process, driven by one event loop, the second one on a CUDA stream of its
-own; and with a process for each agent, as under `host: process`, which then share the GPU's time (without MPS, so that
-kernels of both never run at once, but each runs while the other's host is busy).
+in flight; then 128 each. Twice: with both engines in one process, driven by one event loop, each kept two steps ahead,
+the second one on a CUDA stream of its own; and (256) with a process for each agent, as under `host: process`, which
+then share the GPU's time (without MPS, so that kernels of both never run at once, but each runs while the other's host
+is busy).
 
     python -m ilr_benchmarks.rollout_agents '{"family": "qwen", "slots": 256, …}'    # a process: runs for every line
 """
@@ -34,21 +35,24 @@ def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> Iterator[d
     from ilr_fast.engines.vllm_core import check_version
 
     slots, rounds = 3 if quick else 256, min(rounds, 3)
-    shape = f"{'small' if quick else 'Qwen2 1.5B and Llama 1B'}, {slots} dialogues of {TURNS} turns each"
+    shape = _shape(slots, quick)
     try:
         check_version("bench")
     except UserError as error:
         yield row("both at the same time", shape, [], status=str(error).splitlines()[0])
         return
-    work, errors = [], []
+    work, fewer, errors = [], [], []
     for family in FAMILIES:
         engine, model = started({}, family, options(slots, quick), quick, device)
         work.append((engine, _load(model, slots, quick)))
+        fewer.append((engine, _load(model, slots // 2, quick)))
         errors.append(lambda engine=engine, model=model: error_of(engine, model))
     for engine, load in work:
         asyncio.run(talk(engine, load.cut(slots, 8)))
     tokens = [load.generated for _, load in work]
     yield from _rows("one process", shape, rounds, tokens, *_one_process(work))
+    half = [load.generated for _, load in fewer]
+    yield from _rows("one process", _shape(slots // 2, quick), rounds, half, *_one_process(fewer))
     for family, error in zip(FAMILIES, errors, strict=True):
         yield row(f"{family} beside the other engine", shape, [], error=error(), status="right")
     given = dict(slots=slots, quick=quick, device=device)
@@ -61,6 +65,10 @@ def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> Iterator[d
         for process in processes:
             process.kill()
             process.wait()
+
+
+def _shape(dialogues: int, quick: bool) -> str:
+    return f"{'small' if quick else 'Qwen2 1.5B and Llama 1B'}, {dialogues} dialogues of {TURNS} turns each"
 
 
 def _rows(

@@ -68,7 +68,7 @@ def steps_of(name: str, log: list[str], steps: int, asked: int = 3) -> Any:
 async def driven(steps: Any, number: int, beside: bool) -> list[int]:
     found: list[int] = []
     while len(found) < number - 1:  # the last step is left under way
-        found += await steps.next(beside=beside)
+        found += await steps.next(beside=beside, meanwhile=lambda: False)
         await asyncio.sleep(0)
     return found
 
@@ -105,3 +105,15 @@ def test_a_step_that_could_not_be_computed_says_why() -> None:
     core.batch_queue.append((SimpleNamespace(result=lambda: None), None, SimpleNamespace(result=failed)))
     with pytest.raises(RuntimeError, match="out of memory"):
         steps.drain()
+
+
+def test_what_waits_is_done_until_the_results_are_there() -> None:
+    log: list[str] = []
+    steps, _ = steps_of("one", log, 4, asked=3)
+
+    async def meanwhile() -> list[list[int]]:
+        return [await steps.next(beside=False, meanwhile=lambda: log.append("works") or True) for _ in range(3)]
+
+    assert asyncio.run(meanwhile()) == [[], [0], [1]]
+    assert log == ["one begins 0", "one begins 1", *["works"] * 3, "one takes 0", "one begins 2", *["works"] * 3,
+                   "one takes 1"]  # fmt: skip

@@ -23,6 +23,7 @@ import asyncio
 import itertools
 import math
 import time
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -87,6 +88,7 @@ class VllmEngine:
         self._version = 0
         self._stops = StopStrings(tokenizer)
         self._requests: dict[str, Request] = {}
+        self._unformed: deque[str] = deque()
         self._admission = Admission(options.tokens_in_flight or self._core.cache_tokens, options.slots)
         self._names = itertools.count()
         self._driver = Driver(self._take_step, lambda: [request.future for request in self._requests.values()])
@@ -168,6 +170,7 @@ class VllmEngine:
         request = Request(list(tokens), limit, sampling, loop.create_future(), self._version)
         name = str(next(self._names))
         self._requests[name] = request
+        self._unformed.append(name)
         self._stats.tokens_prompt += len(tokens)
         self._admission.add(name, prompt=len(tokens), limit=limit)
         self._driver.wake()
@@ -198,7 +201,8 @@ class VllmEngine:
         tick()
         start = time.perf_counter()
         try:
-            self._take(await self._core.steps.next(beside=not self._driver.alone and not self._form.seeded))
+            beside = not self._driver.alone and not self._form.seeded
+            self._take(await self._core.steps.next(beside=beside, meanwhile=self._form_one))
         except Exception as error:  # vLLM's own: out of memory, a kernel's refusal
             self._fail(list(self._requests), failure_of(error))
         self._stats.steps += 1
@@ -210,9 +214,24 @@ class VllmEngine:
         if not self._requests:
             return False
         for name in self._admission.enter():
-            request = self._requests[name]
-            self._client.add_request(self._form.sampling(name, request.prompt, request.sampling, request.limit))
+            self._client.engine_core.add_request(*self._formed(name))
         await self.step()
+        return True
+
+    def _formed(self, name: str) -> Any:
+        """vLLM's own form of a request, its blocks named."""
+        request = self._requests[name]
+        if request.formed is None:
+            form = self._form.sampling(name, request.prompt, request.sampling, request.limit)
+            request.formed = self._client.engine_core.preprocess_add_request(form)
+        return request.formed
+
+    def _form_one(self) -> bool:
+        """Forms a request that waits, where there is one; whether there was."""
+        if not self._unformed:
+            return False
+        if (name := self._unformed.popleft()) in self._requests:
+            self._formed(name)
         return True
 
     def _take(self, outputs: Iterable[Any]) -> None:

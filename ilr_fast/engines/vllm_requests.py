@@ -19,7 +19,10 @@ SEEDS = 2**63 - 1  # vLLM's seeds are not negative
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """What has come of one request: it may sample `limit` tokens and began with the weights `version`."""
+    """What has come of one request: it may sample `limit` tokens and began with the weights `version`.
+
+    `formed`: vLLM's own form of it, which can be made before it enters.
+    """
 
     prompt: list[int]
     limit: int
@@ -28,6 +31,7 @@ class Request:
     version: int
     tokens: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
+    formed: Any = None
 
 
 @dataclass(frozen=True, slots=True)

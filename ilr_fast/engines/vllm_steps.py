@@ -5,12 +5,13 @@ computed. vLLM's own step launches one and then waits for the one before. Where 
 host waits for none of them while another has a step to begin: each is kept two steps ahead, so that kernels of both run
 beside each other.
 
-    outputs = await steps.next(beside=False)
+    outputs = await steps.next(beside=False, meanwhile=lambda: False)
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,12 +30,17 @@ class Steps:
         with torch.cuda.stream(self.stream):  # None changes nothing
             return list(self.client.get_output().outputs)
 
-    async def next(self, *, beside: bool) -> list[Any]:
-        """As `step`; `beside` other engines the event loop goes on until the results are there."""
-        if not beside or self.client.engine_core.batch_queue is None:
+    async def next(self, *, beside: bool, meanwhile: Callable[[], bool]) -> list[Any]:
+        """As `step`; `meanwhile` is called until the results are there or it says that it has nothing more to do.
+
+        `beside` other engines the event loop goes on then.
+        """
+        if self.client.engine_core.batch_queue is None:
             return self.step()
         self._begin()
-        while not self._ready():
+        while not self._ready() and meanwhile():
+            pass
+        while beside and not self._ready():
             await asyncio.sleep(0)
         return [] if self._filling() else self._take()
 
