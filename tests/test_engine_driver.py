@@ -68,6 +68,22 @@ def test_it_is_alone_while_no_other_engine_has_steps_taken() -> None:
     assert seen[0] == (False, False) and seen[-1][0] and one.driver.alone and two.driver.alone
 
 
+def test_whole_garbage_collections_wait_for_the_last_engine() -> None:
+    before, seen = gc.get_threshold(), []
+    one, two = Counting(4), Counting(2)
+
+    async def both_of_them() -> None:
+        await asyncio.gather(*(ended(one), ended(two)))
+
+    async def ended(engine: Counting) -> None:
+        await engine.generate()
+        seen.append(gc.get_threshold())
+
+    asyncio.run(both_of_them())
+    assert [threshold[:2] for threshold in seen] == [before[:2]] * 2
+    assert all(threshold[2] > 1000 * before[2] for threshold in seen) and gc.get_threshold() == before
+
+
 def test_a_fault_reaches_everyone_who_waits() -> None:
     fault = AssertionError("a slot is held twice")
     assert asyncio.run(both(Counting(fault=fault))) == [fault, fault]

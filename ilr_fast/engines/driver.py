@@ -2,6 +2,7 @@
 
 It runs in the caller's event loop, gives it some passes between two steps, ends when there is nothing to do, and is
 begun again by the next request. An error that ends it reaches everyone who waits, who would wait for ever otherwise.
+Meanwhile garbage is looked for among young objects alone: to go through all takes longer than a step.
 
     driver = Driver(step, lambda: [request.future for request in requests])
     driver.wake()               # at every request
@@ -10,13 +11,18 @@ begun again by the next request. An error that ends it reaches everyone who wait
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+import contextlib
+import gc
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Any
 
 # Passes of the event loop between two steps: enough for a finished turn to reach its peers and come back as requests.
 PASSES_BETWEEN_STEPS = 12
 
+LATER = 2**30  # collections of middle-aged objects before one of all
+
 _driving: set[Driver] = set()
+_thresholds: list[tuple[int, int, int]] = []  # as they were before the first began
 
 
 class Driver:
@@ -39,19 +45,32 @@ class Driver:
         return not _driving - {self}
 
     async def _drive(self) -> None:
-        _driving.add(self)
-        try:
-            while True:
-                for _ in range(PASSES_BETWEEN_STEPS):
-                    await asyncio.sleep(0)
-                if not await self._step():
-                    return
-        except Exception as error:
-            for future in list(self._waiting()):
-                if not future.done():
-                    future.set_exception(error)
-        finally:
-            _driving.discard(self)
+        with _driven(self):
+            try:
+                while True:
+                    for _ in range(PASSES_BETWEEN_STEPS):
+                        await asyncio.sleep(0)
+                    if not await self._step():
+                        return
+            except Exception as error:
+                for future in list(self._waiting()):
+                    if not future.done():
+                        future.set_exception(error)
+
+
+@contextlib.contextmanager
+def _driven(driver: Driver) -> Iterator[None]:
+    """Counts it among those that have steps taken; whole garbage collections wait for the end of the last."""
+    if not _driving:
+        _thresholds[:] = [gc.get_threshold()]
+        gc.set_threshold(*_thresholds[0][:2], LATER)
+    _driving.add(driver)
+    try:
+        yield
+    finally:
+        _driving.discard(driver)
+        if not _driving:
+            gc.set_threshold(*_thresholds[0])
 
 
 def _heard(task: asyncio.Task[None]) -> None:
