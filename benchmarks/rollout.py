@@ -72,7 +72,7 @@ def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> Iterator[d
     yield from _plain(plain, "same settings", load, shape, ours)
     stages = [timed(lambda: asyncio.run(in_stages(engine, load)), engine) for _ in range(rounds)]
     yield row("by our engine, stage by stage", shape, stages, **speed(stages, load.generated))
-    yield from ratio("dialogues beside our engine's stages", shape, stages, ours, TARGETS["stages"])
+    yield from ratio("dialogues beside our engine's stages", shape, stages, ours)
     if device == "cuda":
         yield from _idle(engine, load, LATE, ", late", shape)
     try:
