@@ -22,7 +22,7 @@ class Counting:
         self.futures: list[asyncio.Future[int]] = []
         self.driver = Driver(self.step, lambda: self.futures)
 
-    async def step(self) -> bool:
+    def step(self) -> bool:
         if not self.futures:
             return False
         self.left -= 1
@@ -48,24 +48,6 @@ async def both(engine: Counting) -> list[int | BaseException]:
 def test_it_steps_while_there_is_work_and_again_in_another_loop() -> None:
     engine = Counting()
     assert [asyncio.run(both(engine)) for _ in range(2)] == [[3, 3], [3, 3]]
-
-
-def test_it_is_alone_while_no_other_engine_has_steps_taken() -> None:
-    one, two = Counting(4), Counting(2)
-    seen: list[tuple[bool, bool]] = []
-
-    async def watched() -> None:
-        step = one.driver._step
-
-        async def seeing() -> bool:
-            seen.append((one.driver.alone, two.driver.alone))
-            return await step()
-
-        one.driver._step = seeing
-        await asyncio.gather(one.generate(), two.generate())
-
-    asyncio.run(watched())
-    assert seen[0] == (False, False) and seen[-1][0] and one.driver.alone and two.driver.alone
 
 
 def test_whole_garbage_collections_wait_for_the_last_engine() -> None:

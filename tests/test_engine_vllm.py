@@ -295,12 +295,7 @@ def test_two_engines_of_different_models_alternate() -> None:
     steps: list[int] = []
     for number, engine in enumerate(engines):
         step = engine.step
-
-        async def counted(step: Any = step, number: int = number) -> None:
-            steps.append(number)
-            await step()
-
-        engine.step = counted
+        engine.step = lambda step=step, number=number: (steps.append(number), step())[1]
 
     async def both() -> list[Generation]:
         return list(await asyncio.gather(*(e.generate([3, 4], Sampling(10, seed=5)) for e in engines)))

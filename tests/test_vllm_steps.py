@@ -1,8 +1,7 @@
-"""Engines that are each kept two steps ahead, by vLLM's own queue of steps under way; the GPU is stood in for."""
+"""Steps by vLLM's own queue of those under way; the GPU is stood in for."""
 
 from __future__ import annotations
 
-import asyncio
 from collections import deque
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -65,34 +64,36 @@ def steps_of(name: str, log: list[str], steps: int, asked: int = 3) -> Any:
     return Steps(SimpleNamespace(engine_core=core)), taken
 
 
-async def driven(steps: Any, number: int, beside: bool) -> list[int]:
-    found: list[int] = []
-    while len(found) < number - 1:  # the last step is left under way
-        found += await steps.next(beside=beside, meanwhile=lambda: False)
-        await asyncio.sleep(0)
-    return found
-
-
-def test_both_engines_are_two_steps_ahead_and_nobody_waits() -> None:
+def test_one_is_computed_while_the_next_is_begun() -> None:
     log: list[str] = []
-    one, two = (steps_of(name, log, 6)[0] for name in ("one", "two"))
-
-    async def both() -> list[list[int]]:
-        return list(await asyncio.gather(driven(one, 5, True), driven(two, 5, True)))
-
-    assert asyncio.run(both()) == [[0, 1, 2, 3]] * 2
-    assert not [line for line in log if "waits" in line]
-    assert log[:8] == [f"{name} begins {n}" for n in (0, 1) for name in ("one", "two")] + [
-        f"{name} {what}" for what in ("takes 0", "begins 2") for name in ("one", "two")
-    ]
-    assert one.client.engine_core.batch_queue_size == 2
+    steps, _ = steps_of("one", log, 4)
+    assert [steps.step() for _ in range(4)] == [[], [0], [1], [2]]
+    assert log == ["one begins 0", "one begins 1", "one waits for 0", "one begins 2", "one waits for 1", "one begins 3",
+                   "one waits for 2"]  # fmt: skip
+    assert steps.client.engine_core.batch_queue_size == 2
 
 
 def test_what_is_under_way_is_drained_once() -> None:
     steps, taken = steps_of("one", [], 6)
-    assert asyncio.run(driven(steps, 3, True)) == [0, 1]
+    assert [steps.step() for _ in range(3)] == [[], [0], [1]]
     assert len(steps.client.engine_core.batch_queue) == 1
     assert steps.drain() == [2] and steps.drain() == [] and taken == [0, 1, 2]
+
+
+@pytest.mark.parametrize("work", [1, 9])
+def test_what_waits_is_done_until_the_results_are_there(work: int) -> None:
+    log: list[str] = []
+    steps, _ = steps_of("one", log, 4, asked=3)
+    left = iter(range(work))
+
+    def meanwhile() -> bool:
+        log.append("works")
+        return next(left, None) is not None
+
+    assert [steps.step(meanwhile) for _ in range(2)] == [[], [0]]
+    worked = min(3, work + 1)
+    takes = "takes" if worked == 3 else "waits for"
+    assert log == ["one begins 0", "one begins 1", *["works"] * worked, f"one {takes} 0"]
 
 
 def test_a_step_that_could_not_be_computed_says_why() -> None:
@@ -105,15 +106,3 @@ def test_a_step_that_could_not_be_computed_says_why() -> None:
     core.batch_queue.append((SimpleNamespace(result=lambda: None), None, SimpleNamespace(result=failed)))
     with pytest.raises(RuntimeError, match="out of memory"):
         steps.drain()
-
-
-def test_what_waits_is_done_until_the_results_are_there() -> None:
-    log: list[str] = []
-    steps, _ = steps_of("one", log, 4, asked=3)
-
-    async def meanwhile() -> list[list[int]]:
-        return [await steps.next(beside=False, meanwhile=lambda: log.append("works") or True) for _ in range(3)]
-
-    assert asyncio.run(meanwhile()) == [[], [0], [1]]
-    assert log == ["one begins 0", "one begins 1", *["works"] * 3, "one takes 0", "one begins 2", *["works"] * 3,
-                   "one takes 1"]  # fmt: skip

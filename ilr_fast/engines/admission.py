@@ -19,7 +19,7 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass, field
 
-EVERY = 8  # steps
+EVERY = 4  # steps
 MANY = 8  # a request waits for others only while at least so many times as many run as wait
 
 

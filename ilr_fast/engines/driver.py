@@ -13,22 +13,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 # Passes of the event loop between two steps: enough for a finished turn to reach its peers and come back as requests.
 PASSES_BETWEEN_STEPS = 12
-
 LATER = 2**30  # collections of middle-aged objects before one of all
 
-_driving: set[Driver] = set()
+_driven: set[Driver] = set()
 _thresholds: list[tuple[int, int, int]] = []  # as they were before the first began
 
 
 class Driver:
     """`step` takes a step and says whether there may be more to do; `waiting` are the futures that steps answer."""
 
-    def __init__(self, step: Callable[[], Awaitable[bool]], waiting: Callable[[], Iterable[asyncio.Future[Any]]]):
+    def __init__(self, step: Callable[[], bool], waiting: Callable[[], Iterable[asyncio.Future[Any]]]):
         self._step, self._waiting = step, waiting
         self._task: asyncio.Task[None] | None = None
 
@@ -39,18 +38,13 @@ class Driver:
             self._task = loop.create_task(self._drive())
             self._task.add_done_callback(_heard)
 
-    @property
-    def alone(self) -> bool:
-        """Whether no other engine of this process has steps taken now."""
-        return not _driving - {self}
-
     async def _drive(self) -> None:
-        with _driven(self):
+        with _no_whole_collection(self):
             try:
                 while True:
                     for _ in range(PASSES_BETWEEN_STEPS):
                         await asyncio.sleep(0)
-                    if not await self._step():
+                    if not self._step():
                         return
             except Exception as error:
                 for future in list(self._waiting()):
@@ -59,17 +53,17 @@ class Driver:
 
 
 @contextlib.contextmanager
-def _driven(driver: Driver) -> Iterator[None]:
-    """Counts it among those that have steps taken; whole garbage collections wait for the end of the last."""
-    if not _driving:
+def _no_whole_collection(driver: Driver) -> Iterator[None]:
+    """Garbage collections of all objects wait for the end of the last driver."""
+    if not _driven:
         _thresholds[:] = [gc.get_threshold()]
         gc.set_threshold(*_thresholds[0][:2], LATER)
-    _driving.add(driver)
+    _driven.add(driver)
     try:
         yield
     finally:
-        _driving.discard(driver)
-        if not _driving:
+        _driven.discard(driver)
+        if not _driven:
             gc.set_threshold(*_thresholds[0])
 
 

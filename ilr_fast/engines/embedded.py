@@ -138,7 +138,7 @@ class EmbeddedEngine:
         self._driver.wake()
         return await request.future
 
-    async def _take_step(self) -> bool:
+    def _take_step(self) -> bool:
         """A step, where there is work; whether there was."""
         self._batcher.drop(lambda request: request.future.done())  # cancelled, or of a loop that was closed
         if self._batcher.idle:

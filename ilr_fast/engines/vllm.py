@@ -193,29 +193,25 @@ class VllmEngine:
         self._fail(list(self._requests), "the engine was closed")
         self._core.close()
 
-    async def step(self) -> None:
-        """One step of vLLM's; finished requests get their results.
-
-        Where vLLM computes ahead, other engines' steps come in between, unless requests repeat: the clock says when.
-        """
+    def step(self) -> None:
+        """One step of vLLM's; finished requests get their results."""
         tick()
         start = time.perf_counter()
         try:
-            beside = not self._driver.alone and not self._form.seeded
-            self._take(await self._core.steps.next(beside=beside, meanwhile=self._form_one))
+            self._take(self._core.steps.step(self._form_one))
         except Exception as error:  # vLLM's own: out of memory, a kernel's refusal
             self._fail(list(self._requests), failure_of(error))
         self._stats.steps += 1
         self._stats.seconds += time.perf_counter() - start
 
-    async def _take_step(self) -> bool:
+    def _take_step(self) -> bool:
         """A step with what may enter, where there is work; whether there was."""
         self._abort([n for n, r in self._requests.items() if r.future.done()])  # cancelled, or of a closed loop
         if not self._requests:
             return False
         for name in self._admission.enter():
             self._client.engine_core.add_request(*self._formed(name))
-        await self.step()
+        self.step()
         return True
 
     def _formed(self, name: str) -> Any:

@@ -1,16 +1,13 @@
-"""Steps of vLLM's core: begun, looked at, and their results taken.
+"""Steps of vLLM's core: begun, and their results taken.
 
-On a GPU two steps of an engine are under way at a time: one is scheduled and launched while the one before it is
-computed. vLLM's own step launches one and then waits for the one before. Where several engines share a process, the
-host waits for none of them while another has a step to begin: each is kept two steps ahead, so that kernels of both run
-beside each other.
+On a GPU two steps are under way at a time: one is scheduled and launched while the one before it is computed. vLLM's
+own step launches one and then waits for the one before; here the host has something else to do in that time.
 
-    outputs = await steps.next(beside=False, meanwhile=lambda: False)
+    outputs = steps.step(meanwhile)
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,24 +22,19 @@ class Steps:
     client: Any
     stream: torch.cuda.Stream | None = None
 
-    def step(self) -> list[Any]:
-        """What vLLM's next finished step gave its requests; on a GPU a step more is then under way."""
-        with torch.cuda.stream(self.stream):  # None changes nothing
-            return list(self.client.get_output().outputs)
+    def step(self, meanwhile: Callable[[], bool] = lambda: False) -> list[Any]:
+        """What vLLM's next finished step gave its requests; on a GPU a step more is then under way.
 
-    async def next(self, *, beside: bool, meanwhile: Callable[[], bool]) -> list[Any]:
-        """As `step`; `meanwhile` is called until the results are there or it says that it has nothing more to do.
-
-        `beside` other engines the event loop goes on then.
+        `meanwhile` is called until the results are there or it says that it has nothing more to do.
         """
         if self.client.engine_core.batch_queue is None:
-            return self.step()
+            return list(self.client.get_output().outputs)
         self._begin()
+        if self._filling():
+            return []
         while not self._ready() and meanwhile():
             pass
-        while beside and not self._ready():
-            await asyncio.sleep(0)
-        return [] if self._filling() else self._take()
+        return self._take()
 
     def drain(self) -> list[Any]:
         """What the steps that are under way gave their requests; none is begun."""
@@ -62,23 +54,21 @@ class Steps:
             return
         core.batch_queue_size += 1  # vLLM waits as soon as its queue is full
         try:
-            with torch.cuda.stream(self.stream):
+            with torch.cuda.stream(self.stream):  # None changes nothing
                 core.step_with_batch_queue()
         finally:
             core.batch_queue_size -= 1
-
-    def _ready(self) -> bool:
-        """Whether there is nothing to wait for."""
-        if self._filling():
-            return True
-        output = getattr(self.client.engine_core.batch_queue[-1][0], "async_output", None)
-        return output is None or bool(output.copy_event.query())
 
     def _filling(self) -> bool:
         """Whether nothing is taken yet, because a second step can be begun."""
         core = self.client.engine_core
         queued = len(core.batch_queue)
         return not queued or (queued < core.batch_queue_size and core.scheduler.has_requests())
+
+    def _ready(self) -> bool:
+        """Whether the oldest step's results are there."""
+        output = getattr(self.client.engine_core.batch_queue[-1][0], "async_output", None)
+        return output is None or bool(output.copy_event.query())
 
     def _take(self) -> list[Any]:
         """What the oldest step under way gave its requests."""

@@ -141,7 +141,7 @@ class ProcessHost:
         self._driver.wake()
         return await future
 
-    async def _take_step(self) -> bool:
+    def _take_step(self) -> bool:
         """A step of the worker's engine, where there is work; whether there was.
 
         Waits here, not in the event loop: what else happens in it must not depend on how long a step takes.
