@@ -3,10 +3,9 @@
     ilr-fast bench rollout_agents      # one NVIDIA GPU with vLLM; two minutes for 3 rounds
 
 Models with random weights, of Qwen2's 1.5B and Llama 3.2's 1B shape, and 256 dialogues each as in `bench rollout`, all
-in flight; then 128 each. Twice: with both engines in one process, driven by one event loop, the
-second one on a CUDA stream of its own; and (256) with a process for each agent, as under `host: process`, which
-then share the GPU's time (without MPS, so that kernels of both never run at once, but each runs while the other's host
-is busy).
+in flight, then 128 each: with both engines in one process, driven by one event loop, the second one on a CUDA stream of
+its own; and 256 with a process for each agent, as under `host: process`, which then share the GPU's time (without MPS,
+so that kernels of both never run at once, but each runs while the other's host is busy).
 
     python -m ilr_benchmarks.rollout_agents '{"family": "qwen", "slots": 256, …}'    # a process: runs for every line
 """
