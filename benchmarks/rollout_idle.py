@@ -102,6 +102,8 @@ def _parts(engine: Any) -> Iterator[list[tuple[str, Span]]]:
     """While open: what the parts of a step take, one after the other, is added to the list."""
     from vllm.v1.worker.gpu.async_utils import AsyncOutput
 
+    from ilr_fast.engines.vllm_results import results_class
+
     core = engine._core.client.engine_core
     found: list[tuple[str, Span]] = []
 
@@ -115,11 +117,10 @@ def _parts(engine: Any) -> Iterator[list[tuple[str, Span]]]:
 
         return wrapped
 
-    wait, lists = timed("waiting for the GPU", lambda out: out.copy_event.synchronize()), AsyncOutput.get_output
+    wait = timed("waiting for the GPU", lambda out: out.copy_event.synchronize())
 
-    def get_output(self: Any) -> Any:
-        wait(self)
-        return timed("results to lists", lists)(self)
+    def waited(taken: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda out: (wait(out), timed("results to the host's form", taken)(out))[1]
 
     places = [
         (core.scheduler, "schedule", "scheduling"),
@@ -130,11 +131,14 @@ def _parts(engine: Any) -> Iterator[list[tuple[str, Span]]]:
     ]
     for owner, attribute, name in places:
         setattr(owner, attribute, timed(name, getattr(owner, attribute)))
-    AsyncOutput.get_output = get_output
+    forms = [(kind, kind.get_output) for kind in (AsyncOutput, results_class())]
+    for kind, taken in forms:
+        kind.get_output = waited(taken)
     try:
         yield found
     finally:
-        AsyncOutput.get_output = lists
+        for kind, taken in forms:
+            kind.get_output = taken
         for owner, attribute, _ in places:
             delattr(owner, attribute)
 

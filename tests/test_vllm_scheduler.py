@@ -18,6 +18,8 @@ import pytest
 import torch
 import transformers
 
+from ilr_fast.engines.vllm_results import Sampled
+
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
 
@@ -90,7 +92,7 @@ class PretendedModel:
         self.blocks: dict[str, list[int]] = {}
         self.computed: dict[str, int] = {}
         self.cache: dict[tuple[int, int], tuple[int, ...]] = {}
-        self.most_rows = 0
+        self.most_rows = self.steps = 0
 
     def __call__(self, step: Any) -> Any:
         from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
@@ -108,7 +110,11 @@ class PretendedModel:
         logprobs = LogprobsLists(logps_N1.astype(int), logps_N1, logps_N1[:, 0])
         index = {name: n for n, name in enumerate(names)}
         more = dict(prompt_logprobs_dict={}, pooler_output=[])
-        return ModelRunnerOutput(names, index, [given[n] for n in names], logprobs=logprobs, **more)
+        found: Any = [given[n] for n in names]
+        self.steps += 1
+        if self.ahead and self.steps % 3:  # results as arrays, or as vLLM's own lists
+            found = Sampled(np.array([(g or [0])[0] for g in found]), np.array([len(g) for g in found]))
+        return ModelRunnerOutput(names, index, found, logprobs=logprobs, **more)
 
     def told(self, step: Any) -> None:
         gone = set(step.finished_req_ids) | (set(step.preempted_req_ids or ()) if self.ahead else set())

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from ilr_fast.attention import LMHead
 from ilr_fast.engines.vllm_core import Core
 from ilr_fast.engines.vllm_requests import Requests
+from ilr_fast.engines.vllm_results import take_arrays
 
 KEPT = 8  # requests
 LONGEST = 1024  # tokens of one: as prompts their logits take up to so many rows of float32
@@ -57,6 +58,7 @@ def sample_in_float32(core: Core) -> None:
         from ilr_fast.engines.vllm_sampler import install  # it needs Triton
 
         install(core.worker.model_runner)
+        take_arrays(core.worker.model_runner)
 
 
 def processors(engine_model: nn.Module) -> list[Any]:

@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from ilr_fast.engines.vllm_results import Sampled
+
 AT_ONCE = 8  # blocks that a request is given at a time, and told of its tokens after
 READ = "tokens are read as they come"  # an extra argument of requests that stop at texts: they are told more often
 
@@ -232,8 +234,11 @@ def rollout_scheduler(base: Any) -> Any:
             index_N: Any = slice(count)
             if results.req_ids[:count] != rows.names:
                 index_N = [results.req_id_to_index[name] for name in rows.names]
-                sampled = [sampled[index] for index in index_N]
-            token_N = np.fromiter(chain.from_iterable(sampled[:count]), np.int64, count)
+            if isinstance(sampled, Sampled):
+                token_N = sampled.tokens_N[index_N]
+            else:
+                lists = sampled[:count] if isinstance(index_N, slice) else map(sampled.__getitem__, index_N)
+                token_N = np.fromiter(chain.from_iterable(lists), np.int64, count)
             counts = results.logprobs.cu_num_generated_tokens
             if counts is not None:
                 index_N = np.array(counts)[index_N]
