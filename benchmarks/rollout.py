@@ -1,26 +1,24 @@
 """Rollouts by vLLM in the trainer's process: dialogues of three turns without barriers beside plain `LLM.generate`.
 
-    ilr-fast bench rollout      # one NVIDIA GPU with vLLM; some four minutes for 3 rounds
+    ilr-fast bench rollout      # one NVIDIA GPU with vLLM; some three minutes for 3 rounds
 
 A model with random weights, of Qwen2's 1.5B shape. Every dialogue has a prompt of 200 tokens and three turns of forced
 length, log-normal with mean 200, at most 512, from a fixed seed; before the second and third turn it is given 60 tokens
 more. 512 of 1,024 dialogues are in flight. Beside them, with the same slots:
 
 - the same dialogues by our engine, but stage by stage in batches of 512, with a barrier after each stage;
-- vLLM by itself, `LLM.generate` (rollout_plain.py), with our settings in this process and with its own defaults in
-  processes of its own: as many turns and tokens, each after a prompt of 200 tokens, in one call; and the dialogues
-  stage by stage in batches of 512;
+- vLLM by itself, `LLM.generate` with our settings (rollout_plain.py): as many turns and tokens, each after a prompt of
+  200 tokens, in one call; and the dialogues stage by stage in batches of 512;
 - what an update costs until the engine has it, what the start takes, what the weights take beside the trainer's;
 - the GPU's idle share over some steps, from the times of all kernels, and what the host did (rollout_idle.py).
 
 All give log-probs; those of some sequences are held against the trainer's own forward pass. Rows come as they are made.
-Two agents at once are measured by `ilr-fast bench rollout_agents`.
+Two agents at once are measured by `ilr-fast bench rollout_agents`, vLLM with its own defaults by `rollout_defaults`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import subprocess
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -30,7 +28,7 @@ from ilr_benchmarks.common import row
 from ilr_benchmarks.rollout_engine import error_of, options, ratio, speed, started, timed
 from ilr_benchmarks.rollout_idle import FULL, LATE, measured
 from ilr_benchmarks.rollout_load import TURNS, Load, in_stages, talk
-from ilr_benchmarks.rollout_plain import own_defaults, same_settings
+from ilr_benchmarks.rollout_plain import same_settings
 
 from ilr_fast.errors import UserError
 
@@ -69,21 +67,15 @@ def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> Iterator[d
         return
     settings, plain_rounds = options(slots, quick), min(rounds, PLAIN_ROUNDS)
     plain = same_settings(model, settings, load, plain_rounds, device)
-    yield from _plain(plain, "same settings", load, shape, ours)
+    yield from plain_rows(plain, "same settings", load, shape, ours)
     stages = [timed(lambda: asyncio.run(in_stages(engine, load)), engine) for _ in range(rounds)]
     yield row("by our engine, stage by stage", shape, stages, **speed(stages, load.generated))
     yield from ratio("dialogues beside our engine's stages", shape, stages, ours)
     if device == "cuda":
         yield from _idle(engine, load, LATE, ", late", shape)
-    try:
-        defaults = own_defaults("qwen", settings, load, plain_rounds, quick, device)
-    except (RuntimeError, subprocess.TimeoutExpired) as failure:
-        yield row("plain LLM.generate: its own defaults", shape, [], status=f"failed: {str(failure)[-200:]}")
-        return
-    yield from _plain(defaults.items(), "its own defaults", load, shape, ours)
 
 
-def _plain(
+def plain_rows(
     found: Iterable[tuple[str, list[float]]], name: str, load: Load, shape: str, ours: list[float]
 ) -> Iterator[dict[str, Any]]:
     """vLLM by itself, and ours beside it."""

@@ -51,9 +51,11 @@ def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> Iterator[d
     tokens = [load.generated for _, load in work]
     yield from _rows("one process", shape, rounds, tokens, *_one_process(work))
     half = [load.generated for _, load in fewer]
-    yield from _rows("one process", _shape(slots // 2, quick), rounds, half, *_one_process(fewer))
     for family, error in zip(FAMILIES, errors, strict=True):
         yield row(f"{family} beside the other engine", shape, [], error=error(), status="right")
+    yield from _rows("one process", _shape(slots // 2, quick), rounds, half, *_one_process(fewer))
+    if only_ours:
+        return
     given = dict(slots=slots, quick=quick, device=device)
     processes = [_process({"family": family, **given}) for family in FAMILIES]
     try:
