@@ -43,7 +43,7 @@ class Interactions:
         path = session.folder.path / "interaction.json"
         found: dict[str, Any] = {}
         if session.config.interaction == "dynamic" and session.ready.protocol.name != "single":
-            found = _read(path) if path.exists() and start > 0 else {}
+            found = _read(path) if path.exists() else {}
             found = found or {"abilities": [_measure_abilities(session, start)]}
             found["abilities"] = [row for row in found["abilities"] if row["step"] <= start]
             found |= _difficulties(session, found)
