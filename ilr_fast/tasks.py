@@ -69,7 +69,7 @@ def largest(
 def sums(seed: int, *, low: int = 1, high: int = 99, numbers: int = 2, words: bool = False) -> Iterator[Question]:
     """What is 12 + 7 + 30? The solution adds one number after the other: 12 + 7 = 19, 19 + 30 = 49.
 
-    With `words` a sentence of 49 tokens says each: Step 1 of 2: we take what we have so far, …, so 12 + 7 = 19.
+    With `words` a sentence of 44 tokens says each: Step 1 of 2: we take what we have so far, …, so 12 + 7 = 19.
     """
     if high < low:
         raise ValueError(f"low = {low} lies above high = {high}")
@@ -89,8 +89,8 @@ def sums(seed: int, *, low: int = 1, high: int = 99, numbers: int = 2, words: bo
 
 def _spoken(place: str, a: int, b: int, c: int) -> str:
     return (
-        f"{place}: we take what we have so far, look for the next number of the question that we did not use yet, "
-        f"and add the two of them together, so {a} + {b} = {c}."
+        f"{place}: we take what we have so far, look for the next number that we did not use yet, "
+        f"and add the two together, so {a} + {b} = {c}."
     )
 
 

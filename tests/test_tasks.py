@@ -55,10 +55,10 @@ def test_sums_say_what_they_mean():
     assert longer.solution == "2 + 2 = 4, 4 + 2 = 6, 6 + 2 = 8" and read_number(longer.solution) == 8
     spoken = next(sums(3, low=2, high=2, numbers=3, words=True))
     assert spoken.solution == (
-        "Step 1 of 2: we take what we have so far, look for the next number of the question that we did not use yet, "
-        "and add the two of them together, so 2 + 2 = 4. "
-        "Step 2 of 2: we take what we have so far, look for the next number of the question that we did not use yet, "
-        "and add the two of them together, so 4 + 2 = 6."
+        "Step 1 of 2: we take what we have so far, look for the next number that we did not use yet, "
+        "and add the two together, so 2 + 2 = 4. "
+        "Step 2 of 2: we take what we have so far, look for the next number that we did not use yet, "
+        "and add the two together, so 4 + 2 = 6."
     )
     assert problem("What?", "1").solution == "1"
 
