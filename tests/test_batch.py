@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ilr_fast import batch as batch_module
 from ilr_fast.batch import BatchRules, pack_step, split_by_question
 from ilr_fast.types import TrainingSequence, TrainingTurn
 
@@ -116,3 +117,12 @@ def test_minibatches_keep_groups_whole():
     parts = split_by_question(sequences, 3)
     assert [[s.group for s in p] for p in parts] == [["a", "a", "b", "b", "b"], ["c", "c"], ["d"]]
     assert len(split_by_question(sequences, 9)) == 4 and split_by_question([], 2) == []
+
+
+def test_a_micro_batch_is_packed_once_when_it_is_asked_for(monkeypatch):
+    packed, real = [], batch_module._pack
+    monkeypatch.setattr(batch_module, "_pack", lambda kept, *more: (packed.append(len(kept)), real(kept, *more))[1])
+    step = pack_step(TWO, BatchRules(), budget=5)
+    assert len(step.batches) == 2 and step.tokens_trained == 5 and not packed
+    first = step.batches[0]
+    assert packed == [1] and step.batches[0] is first and list(step.batches)[0] is first and packed == [1, 1]
