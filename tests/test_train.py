@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ilr_fast.cli import main
 from ilr_fast.config_parse import load_config
 from ilr_fast.errors import UserError
+from ilr_fast.runfolder import RunFolder
 from ilr_fast.session import prepare
 
 SECONDS = {"generate", "reward", "train", "sync", "swap", "checkpoint", "evaluate", "other", "total"}
@@ -164,6 +165,16 @@ def test_several_updates_of_a_rollout(tmp_path, models):
     run = train(tmp_path, models, loss={"epochs": 2, "minibatches": 2, "ratio": "sequence"}, steps=1)
     (row,) = read_rows(run)
     assert any(values["clip_share"] is not None for values in row["agents"].values())
+
+
+def test_dialogues_that_cannot_be_written_beside_the_update_end_the_run(tmp_path, models, monkeypatch, capsys):
+    def full(self, step, credited):
+        raise UserError("the disk is full", str(self.path), "free some space")
+
+    monkeypatch.setattr(RunFolder, "write_dialogues", full)
+    assert main(["train", str(write_config(tmp_path, models, steps=2, interaction="none"))]) == 2
+    assert "the disk is full" in capsys.readouterr().err
+    assert read_rows(tmp_path / "run") == []
 
 
 SHIPPED = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
