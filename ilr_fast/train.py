@@ -171,6 +171,8 @@ class _Steps:
             if name not in self.warned:
                 self.warned.add(name)
                 remedy = "compare their precision, or correct for it with loss.importance"
+                if self.config.rollout.ahead:
+                    remedy = "with rollout.ahead an update lies between them: a lower learning rate makes it less"
                 self.session.progress.warn(f"{name}: {difference}; {remedy}")
 
     def finish(self, step: int, timer: Timer) -> None:
