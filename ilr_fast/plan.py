@@ -10,6 +10,7 @@ generate, and update, at the same time. What is `auto` in a config must have bee
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -74,6 +75,12 @@ class RunPlan:
     @property
     def fits(self) -> bool:
         return all(device.fits for device in (*self.devices, self.host))
+
+    @property
+    def room(self) -> float:
+        """Bytes that the run leaves free of its fullest device all the time; infinite where no size is known."""
+        known = [device.capacity - device.worst.total for device in self.devices if device.capacity is not None]
+        return min(known, default=math.inf)
 
     @property
     def peak(self) -> int:

@@ -33,6 +33,7 @@ from ilr_fast.heldout import measure_after, measure_base, validate
 from ilr_fast.hosts import HostLost
 from ilr_fast.interaction import Interactions
 from ilr_fast.interrupt import Interrupt
+from ilr_fast.kernels_ahead import kernels_ahead
 from ilr_fast.metrics import MetricsLog, Timer, complete
 from ilr_fast.plan_command import settle
 from ilr_fast.progress import Progress
@@ -63,6 +64,7 @@ def train(config: Config, *, fresh: bool = False, command: str = "ilr-fast train
         RunFolder.open(config, fresh=fresh, command=command) as folder,
         Progress(config.steps) as progress,
         Interrupt() as interrupt,
+        kernels_ahead(config, folder.path, room=planned.room) as ahead,
         open_session(ready, folder, progress) as session,
     ):
         if calibration_is_noop(config):
@@ -76,6 +78,7 @@ def train(config: Config, *, fresh: bool = False, command: str = "ilr-fast train
         if start == 0:
             measure_base(session)
         interactions = Interactions.open(session, start)
+        ahead.wait()
         with MetricsLog(folder.path, config, resume_step=start, last_row=last_row) as log:
             _Steps(session, interactions, log, interrupt, start).run()
         measure_after(session)
