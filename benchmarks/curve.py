@@ -7,8 +7,9 @@
 SmolLM2-135M-Instruct learns sums a + b of 1 to 50 from the bare prompt `Question: What is 12 + 7?\\nAnswer:`; an answer
 ends with its line, is right where its one number (the last one of an equation) is the sum, and earns 1 or 0. Both take
 32 questions × 8 samples a step at temperature 1, at most 12 tokens, AdamW with a constant rate, β = 0, one update a
-step, vLLM in the trainer's process. Of the 1,275 unordered pairs 200 are held out for the curve (greedy) and 100 more
-for the test; the rest are trained on in both orders. Ours is `configs/gpu/sums.yaml`, TRL's all else as TRL has it.
+step, a loss that is a mean over tokens, vLLM in the trainer's process. Of the 1,275 unordered pairs 200 are held out
+for the curve (greedy) and 100 more for the test; the rest are trained on in both orders. Ours is
+`configs/gpu/sums.yaml`, TRL's all else as TRL has it.
 
 Each run is a process of its own, ours before TRL's, and writes as it goes (into TMPDIR while it runs): a row is there
 even where the process was ended. `seconds` are those of training: without start, evaluation and checkpoints, the first
