@@ -24,7 +24,7 @@ from ilr_kernels.chunks import held_bytes, rows_of
 
 from ilr_fast.activations import Activations, How, Recompute, activations, forward_bytes
 from ilr_fast.config import AgentConfig, Config, EngineConfig
-from ilr_fast.engines.step_size import logit_rows, prompt_tokens
+from ilr_fast.engines.step_size import GRAPH_TOKENS, logit_rows, prompt_tokens
 from ilr_fast.model_shape import ModelShape
 
 GIB = 2**30
@@ -33,6 +33,7 @@ NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a number: 4 bits, and scales that a
 STAGED = 2**27  # bytes of a bucket of states that is on its way to or from the host (host_states.py)
 STAGES = 3  # buckets on the device at once
 VLLM_TOKENS = 8192  # prompt tokens of one step of vLLM's
+GRAPHS = int(0.15 * GIB)  # vLLM's graphs and tables beside the tensors of the largest graph
 CACHE_BLOCK = 64  # tokens that the embedded engine's cache grows by
 SPARE_TOKENS = 128  # beyond the context, for each of vLLM's requests
 
@@ -49,9 +50,9 @@ class Use:
 class AgentMemory:
     """Bytes on the device, but for the last two, which are the host's.
 
-    Always there: weights (adapters and a reference included), copies, moments. `cache` and `engine` (a copy of the
-    weights, its work space) while it generates; `gradients` and `activations` in a pass, with the larger of `head`
-    (before the backward pass) and `passing` (in it); and `step` beyond the gradients while AdamW works.
+    Always there: weights (adapters and a reference included), copies, moments, vLLM's `graphs`. `cache` and `engine` (a
+    copy of the weights, its work space) while it generates; `gradients` and `activations` in a pass, with the larger of
+    `head` (before the backward pass) and `passing` (in it); and `step` beyond the gradients while AdamW works.
     """
 
     weights: int
@@ -59,6 +60,7 @@ class AgentMemory:
     moments: int
     cache: int
     engine: int
+    graphs: int
     gradients: int
     activations: int
     passing: int
@@ -95,6 +97,7 @@ def agent_memory(agent: AgentConfig, config: Config, shape: ModelShape, use: Use
         moments=0 if away else moments,
         cache=_cache(agent.engine, shape, size, use),
         engine=_engine(agent, shape, size, use),
+        graphs=_graphs(agent.engine, shape, size, use),
         gradients=gradients,
         activations=passes.saved,
         passing=passes.passing + (_unpacked(agent, shape, size) if agent.train != "none" else 0),
@@ -187,6 +190,13 @@ def _engine(agent: AgentConfig, shape: ModelShape, size: int, use: Use) -> int:
     return rows * vocabulary * (size + 16) + max(prompts, _attending(agent, shape, size, use)) + _unpacked(
         agent, shape, size
     )
+
+
+def _graphs(engine: EngineConfig, shape: ModelShape, size: int, use: Use) -> int:
+    """vLLM's CUDA graphs, which hold what their largest step computes with."""
+    if engine.name != "vllm" or use.device == "cpu":
+        return 0
+    return GRAPHS + forward_bytes(shape, GRAPH_TOKENS + min(engine.slots, 1024), size=size)
 
 
 def _attending(agent: AgentConfig, shape: ModelShape, size: int, use: Use) -> int:

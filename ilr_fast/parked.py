@@ -17,6 +17,7 @@ from torch import Tensor, UntypedStorage
 
 from ilr_fast.engines.device_memory import OutOfMemory, pinned
 
+ALIGNED = 256  # bytes
 Tensors = Callable[[], Iterable[Tensor]]
 
 
@@ -36,20 +37,21 @@ class Parked:
         """
         freed, known, seen = 0, self._copies, set(self._away)
         self._copies = {key: known[key] for key in self._away}
+        leaving: dict[int, tuple[UntypedStorage, bool]] = {}
         for frozen, tensors in ((False, self._changing()), (True, self._frozen())):
             for tensor in tensors:
                 storage = tensor.untyped_storage()
-                key, size = storage._cdata, storage.nbytes()
-                if key in seen or not size:
-                    continue
-                seen.add(key)
-                copy = known[key][1] if key in known else pinned(size)
-                if not (frozen and key in known):
-                    copy.copy_(_bytes(storage))
-                self._copies[key] = storage, copy
-                self._away.append(key)
-                storage.resize_(0)
-                freed += size
+                if storage.nbytes() and storage._cdata not in seen:
+                    leaving.setdefault(storage._cdata, (storage, frozen))
+        fresh = _blocks({key: storage.nbytes() for key, (storage, _) in leaving.items() if key not in known})
+        for key, (storage, frozen) in leaving.items():
+            copy = fresh[key] if key in fresh else known[key][1]
+            if key in fresh or not frozen:
+                copy.copy_(_bytes(storage))
+            self._copies[key] = storage, copy
+            self._away.append(key)
+            freed += storage.nbytes()
+            storage.resize_(0)
         return freed
 
     @torch.no_grad()
@@ -67,6 +69,17 @@ class Parked:
             taken += copy.numel()
             self._away.pop()
         return taken
+
+
+def _blocks(sizes: dict[int, int]) -> dict[int, Tensor]:
+    """Room in the host's memory for each, of one block: to lock many small ones takes seconds."""
+    if not sizes:
+        return {}
+    block, found, place = pinned(sum(-(-size // ALIGNED) * ALIGNED for size in sizes.values())), {}, 0
+    for key, size in sizes.items():
+        found[key] = block[place : place + size]
+        place += -(-size // ALIGNED) * ALIGNED
+    return found
 
 
 def _bytes(storage: UntypedStorage) -> Tensor:

@@ -21,7 +21,6 @@ from ilr_fast.protocols import load_protocol
 from ilr_fast.types import Residence
 
 CONTEXT = int(0.75 * GIB)  # a process's CUDA context, its libraries and their work space (0.72 on an H100)
-GRAPHS = int(0.3 * GIB)  # vLLM's graphs and work space beside those of a step
 HOST_PROCESS = int(0.6 * GIB)  # an interpreter with torch and transformers
 PROMPT_TOKENS = 512  # a question and its instructions, where they have not been counted
 TURN_TOKENS = 128  # what an instruction between two turns takes
@@ -182,7 +181,7 @@ class _Crew:
                 parts.append(Part(name, "weights", memory.weights))
                 parts.append(Part(name, "AdamW's states", memory.copies if fresh else memory.states))
             if agent.engine.name == "vllm":
-                parts.append(Part(name, "CUDA graphs", GRAPHS))
+                parts.append(Part(name, "CUDA graphs", memory.graphs))
                 if stays == "awake":
                     parts.append(Part(name, "keys and values", memory.cache))
         return [*parts, Part("", "CUDA contexts", CONTEXT * _processes(self.config, self.memories))]

@@ -86,8 +86,8 @@ GOLDEN: dict[str, dict[str, float]] = {
         "update qwen": 18.2, "checkpoint": 16.8
     },
     "24gb/ilr_8b_7b_lora_vllm": {
-        "load": 16.8, "generate llama": 20.6, "generate qwen": 19.9, "update llama": 19.7,
-        "update qwen": 18.8, "checkpoint": 17.4
+        "load": 17.4, "generate llama": 20.7, "generate qwen": 20.5, "update llama": 20.4,
+        "update qwen": 19.5, "checkpoint": 18.0
     },
     "24gb/ilr_8b_7b_qlora": {
         "load": 12.1, "generate": 17.6, "update llama": 17.9, "update qwen": 17.2, "checkpoint": 13.4
@@ -96,16 +96,16 @@ GOLDEN: dict[str, dict[str, float]] = {
         "load": 6.8, "generate": 19.1, "update qwen": 16.6, "update smollm2": 15.9, "checkpoint": 6.8
     },
     "80gb/grpo_3b_full": {
-        "load": 18.8, "generate": 31.0, "update qwen": 71.8, "checkpoint": 30.3
+        "load": 19.0, "generate": 31.2, "update qwen": 72.0, "checkpoint": 30.5
     },
     "80gb/grpo_8b_lora": {
-        "load": 32.5, "generate": 34.3, "update llama": 69.6, "checkpoint": 33.1
+        "load": 32.8, "generate": 34.6, "update llama": 69.9, "checkpoint": 33.4
     },
     "80gb/ilr_8b_7b_lora": {
-        "load": 31.4, "generate": 49.9, "update llama": 69.2, "update qwen": 68.2, "checkpoint": 32.6
+        "load": 32.1, "generate": 50.6, "update llama": 69.8, "update qwen": 68.8, "checkpoint": 33.3
     },
     "80gb/ilr_two_1.5b_full": {
-        "load": 25.4, "generate": 38.2, "update qwen": 63.2, "update smollm2": 63.0, "checkpoint": 37.5
+        "load": 25.6, "generate": 38.4, "update qwen": 63.4, "update smollm2": 63.2, "checkpoint": 37.7
     },
 }
 # fmt: on

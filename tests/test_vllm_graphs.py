@@ -79,7 +79,7 @@ def test_all_graphs_are_captured_once_the_largest_first(manager: Any) -> None:
 
 
 def test_attention_is_planned_alike_for_every_replay(manager: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The longest query counts as one or as the longest there can be; splits follow from the number of requests."""
+    """The longest query counts as one or as the longest there can be; splits follow from it and the requests."""
     from vllm.v1.worker.gpu import cudagraph_utils
 
     told = []
@@ -99,4 +99,5 @@ def test_attention_is_planned_alike_for_every_replay(manager: Any, monkeypatch: 
     builder.build(0, common)
     builder.build(0, SimpleNamespace(num_reqs=15, max_query_len=7))
     builder.build(0, SimpleNamespace(num_reqs=14, max_query_len=300))
-    assert told == [(1, 32), (512, 1), (512, 32)]
+    builder.build(0, SimpleNamespace(num_reqs=15, max_query_len=1))
+    assert told == [(1, 32), (512, 1), (512, 1), (1, 1)]

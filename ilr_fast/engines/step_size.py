@@ -1,4 +1,4 @@
-"""How much one step of the embedded engine computes at once: the memory plan counts by the same numbers.
+"""How much one step of an engine computes at once: the memory plan counts by the same numbers.
 
 On a GPU a step costs the launches of its kernels, so that fewer and larger ones are faster, until its products fill the
 card; on the CPU smaller ones stay in its caches.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 _LOGITS = {"cpu": 1 << 24, "cuda": 1 << 25}  # rows × vocabulary in one buffer: 64 and 128 MiB in float32
 _TOKENS = {"cpu": 1024, "cuda": 8192}
+GRAPH_TOKENS = 3072  # prompt tokens beside what decodes in the largest step of vLLM's that is a CUDA graph
 WIDEST = 1 << 25  # numbers of an MLP's inner activations, on a GPU: 64 MiB in bfloat16
 
 

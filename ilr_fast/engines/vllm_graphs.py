@@ -7,7 +7,8 @@ lengths and positions are read from the device. What the host decides for it mus
 - the tile of queries, which follows from the longest query of a step: 64 rows where it has at most 64 of them (query
   heads that share a key head counted), else 128. Every step with prompts is planned as if it had the longest one.
 - into how many parts a request's keys may be split, and a kernel that adds the parts up: one part where the requests
-  fill the GPU by themselves, so that this kernel, of every layer, is not there at all.
+  fill the GPU by themselves, so that this kernel, of every layer, is not there at all; and one in steps with prompts,
+  since each part takes as much memory as all queries in float32 (32 parts of 3,072 tokens of an 8B model: 1.5 GiB).
 
     with whole_graphs():
         client = InprocClient(…)              # its compilation_config: vllm_quick.graphs(slots)
@@ -99,8 +100,9 @@ def _planned(builder: Any, build: Callable[..., Any], longest: int) -> Callable[
 
     def planned(common_prefix_len: int, common_attn_metadata: Any, **named: Any) -> Any:
         blocks = common_attn_metadata.num_reqs * builder.num_heads_kv
-        builder.max_num_splits = 1 if blocks >= FILLED * processors else at_most
-        if common_attn_metadata.max_query_len > 1:
+        prompts = common_attn_metadata.max_query_len > 1
+        builder.max_num_splits = 1 if prompts or blocks >= FILLED * processors else at_most
+        if prompts:
             common_attn_metadata = replace(common_attn_metadata, max_query_len=longest)
         return build(common_prefix_len, common_attn_metadata, **named)
 

@@ -17,10 +17,11 @@ import gc
 from collections.abc import Iterator
 from typing import Any
 
+from ilr_fast.engines.step_size import GRAPH_TOKENS
 from ilr_fast.engines.vllm_graphs import whole_graphs
 from ilr_fast.engines.vllm_hashes import quick_hashes
 
-PROMPTS = (64, 128, 256, 512, 768, 1024, 1280, 1536, 1792, 2048, 2560, 3072)  # tokens beside those that decode
+PROMPTS = (64, 128, 256, 512, 768, 1024, 1280, 1536, 1792, 2048, 2560, GRAPH_TOKENS)  # tokens beside those that decode
 
 
 def graphs(slots: int) -> dict[str, Any]:
