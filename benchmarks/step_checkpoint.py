@@ -3,8 +3,8 @@
     ilr-fast bench step_checkpoint        # one NVIDIA GPU with vLLM, 20 GB of disk; about two minutes
 
 The training loop itself (`step_case.py`), `bench step`'s work with forced lengths, four steps, saved every second one:
-the third runs while the second's weights, moments and hashes are written, and its update waits for them; the second and
-the fourth run alone. The file system is that of the temporary folder.
+the third runs while the second's weights, moments and hashes are written, and its update waits for the
+files; the second and the fourth run alone. The file system is that of the temporary folder.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from threading import Event
 
 
 class Background:
@@ -36,6 +37,15 @@ class Background:
             wait([work])
             self._work = None
             work.result()
+
+    def reached(self, mark: Event) -> None:
+        """Returns when the work has set the mark, or raises as `wait` does where it ended before."""
+        work = self._work
+        if work is not None:
+            work.add_done_callback(lambda _: mark.set())
+            mark.wait()
+            if work.done():
+                self.wait()
 
     def close(self) -> None:
         """Waits for the thread's end and raises nothing: for a way out that has its own reason."""

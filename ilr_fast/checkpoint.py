@@ -23,7 +23,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,12 +61,14 @@ class Checkpoint:
 
 
 def save(
-    folder: Path, step: int, hosts: Mapping[str, Host], state: Mapping[str, Any], *, keep: int, score: float | None
-) -> Path:
+    folder: Path, step: int, hosts: Mapping[str, Host], state: Mapping[str, Any], *, keep: int, score: float | None,
+    on_read: Callable[[], None] = lambda: None,
+) -> Path:  # fmt: skip
     """Writes `folder/step_…` atomically, then moves `best` and removes what need not be kept. Returns its path.
 
-    `state` is JSON; checkpoints of later steps (damaged ones that were skipped) are removed. A full disk raises
-    UserError and leaves every earlier checkpoint as it was. Only one process may save into a folder.
+    `on_read` is called once all weights and states stand in files: what is left, hashes and the flush to the disk,
+    needs the agents no more. `state` is JSON; checkpoints of later steps (damaged ones that were skipped) are removed.
+    A full disk raises UserError and leaves every earlier checkpoint as it was. Only one process may save into a folder.
     """
     assert keep >= 1 and step >= 1
     place = folder / f"step_{step:06d}"
@@ -75,7 +77,7 @@ def save(
         folder.mkdir(parents=True, exist_ok=True)
         clean(folder)
         try:
-            _write(temporary, step, hosts, state, score)
+            _write(temporary, step, hosts, state, score, on_read)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -128,14 +130,16 @@ def _open(path: Path, fingerprint: str | None) -> Checkpoint:
 
 
 def _write(
-    folder: Path, step: int, hosts: Mapping[str, Host], state: Mapping[str, Any], score: float | None
-) -> None:
+    folder: Path, step: int, hosts: Mapping[str, Host], state: Mapping[str, Any], score: float | None,
+    on_read: Callable[[], None],
+) -> None:  # fmt: skip
     folder.mkdir()
     trained = {name: host for name, host in hosts.items() if host.trains}
     for name, host in trained.items():
         for part, write in ((name, host.save_model), (f"{name}.state", host.save_state)):
             (folder / part).mkdir()
             write(folder / part)
+    on_read()
     known = {"step": step, "validation_accuracy": _finite(score), "agents": list(trained)}
     (folder / "state.json").write_text(json.dumps({**state, **known}, indent=1) + "\n", encoding="utf-8")
     files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())

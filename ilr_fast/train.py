@@ -19,6 +19,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from ilr_fast.background import Background
@@ -109,6 +110,7 @@ class _Steps:
         self.done = self.saved = start
         self.whole = True  # False while some agents are updated and others not
         self.saving, self.writing = Background("checkpoint"), Background("dialogues")
+        self.read = Event()  # a checkpoint's weights stand in files: hashes and the flush to the disk need them no more
         self.ahead: Rollout | None = None  # the next step's
         self.row: dict[str, Any] = {}
         self.warned: set[str] = set()
@@ -137,7 +139,7 @@ class _Steps:
         rollout, self.ahead = self.ahead or self.talk(step, timer), None
         if self.saving.busy:
             with timer("checkpoint"):
-                self.saving.wait()  # weights must not change while they are written
+                self.saving.reached(self.read)  # weights must not change before they stand in files
         with self.interrupt.held():
             self.whole = False
             self.writing.start(partial(session.folder.write_dialogues, step, rollout.credited))
@@ -200,12 +202,13 @@ class _Steps:
 
     def checkpoint(self, score: float | None) -> None:
         """Saves the last whole step, once, unless an update was cut off in its middle; where nothing moves the weights
-        meanwhile, in a thread beside the next step's dialogues."""
+        meanwhile, in a thread beside the next step."""
         if not self.whole or self.done == self.saved:
             return
         state = {"fingerprint": self.session.folder.fingerprint, "row": complete(self.row)}
+        self.read = Event()
         write = partial(save, self.session.folder.checkpoints, self.done, self.session.team.hosts, state,
-                        keep=self.config.checkpoint.keep, score=score)
+                        keep=self.config.checkpoint.keep, score=score, on_read=self.read.set)
         self.saving.start(write)
         if not self.session.team.stays:
             self.saving.wait()

@@ -1,4 +1,4 @@
-"""Work beside the main thread, and checkpoints that are written while the next dialogues are sampled."""
+"""Work beside the main thread, and checkpoints that are written beside the next step."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import threading
 import pytest
 from end_to_end import save_models, write_config
 
+from ilr_fast import checkpoint
 from ilr_fast import train as training
 from ilr_fast.background import Background
 from ilr_fast.cli import main
@@ -40,6 +41,20 @@ def test_what_an_interrupt_did_not_wait_for_is_still_told(monkeypatch):
         background.wait()
 
 
+def test_a_mark_is_waited_for_and_a_failure_before_or_after_it_is_raised():
+    background, mark, go = Background("test"), threading.Event(), threading.Event()
+    background.start(lambda: (mark.set(), go.wait(60), 1 / 0))
+    background.reached(mark)
+    assert background.busy
+    go.set()
+    with pytest.raises(ZeroDivisionError):
+        background.wait()
+    background.start(lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        background.reached(threading.Event())
+    background.reached(threading.Event())  # nothing is left to wait for
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     return save_models(tmp_path_factory.mktemp("models"))
@@ -71,6 +86,38 @@ def test_a_checkpoint_is_written_while_the_next_dialogues_are_sampled(tmp_path, 
     assert len(threads) == 3 and all(t is not threading.main_thread() for t in threads)
     first, second, _ = (row["seconds"] for row in read_metrics(tmp_path / "run"))
     assert first["checkpoint"] < 1 and second["checkpoint"] is not None
+
+
+def test_an_update_waits_for_weights_in_files_and_not_for_hashes(tmp_path, models, monkeypatch):
+    save, update, facts = training.save, training.update, checkpoint._facts
+    updates, updating, seen = [], threading.Event(), []
+
+    def read(*arguments, on_read, **more):
+        before = len(updates)
+
+        def told():
+            seen.append(len(updates) - before)
+            on_read()
+
+        return save(*arguments, on_read=told, **more)
+
+    def hashed(folder, files):
+        if len(updates) == 1:  # the first checkpoint's hashes wait for the second update
+            assert updating.wait(60)
+        return facts(folder, files)
+
+    def counted(session, credited, step, timer, meanwhile):
+        updates.append(step)
+        if step == 2:
+            updating.set()
+        return update(session, credited, step, timer, meanwhile)
+
+    monkeypatch.setattr(training, "save", read)
+    monkeypatch.setattr(training, "update", counted)
+    monkeypatch.setattr(checkpoint, "_facts", hashed)
+    assert main(["train", str(write_config(tmp_path, models, steps=2, checkpoint__every=1))]) == 0
+    assert updating.is_set() and seen == [0, 0], "an update came before its turn"
+    assert checkpoint.newest_good(tmp_path / "run" / "checkpoints").step == 2
 
 
 def test_a_checkpoint_that_fails_ends_the_run(tmp_path, models, monkeypatch, capfd):
