@@ -26,9 +26,13 @@ class Background:
         return self._work is not None
 
     def start(self, work: Callable[[], object]) -> None:
-        """Runs the work in the thread, once what was started before is done."""
-        self.wait()
-        self._work = self._threads.submit(work)
+        """Runs the work in the thread, once what was started before is done; raises what that one raised, and runs the
+        new work all the same."""
+        try:
+            self.wait()
+        finally:
+            if self._work is None:  # else the wait was interrupted
+                self._work = self._threads.submit(work)
 
     def wait(self) -> None:
         """Returns when all is done; raises what the work raised, once, also where an earlier wait was interrupted."""

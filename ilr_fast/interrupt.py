@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-WAITING = b"\ninterrupted: the update or checkpoint under way is finished first; once more ends at once, without it\n"
+WAITING = b"\ninterrupted: the update or checkpoint under way is finished first; once more cuts an update off\n"
 
 
 class Interrupt:

@@ -73,7 +73,9 @@ def kernels_ahead(config: Config, folder: Path, *, room: float) -> Iterator[Ahea
     mark = _mark(config) if room >= 2 * GIB and learners_on_gpu(config) else None
     process = None
     if mark is not None and not mark.exists():
-        torch.cuda.mem_get_info()  # this process is the first on the GPU, should only one be allowed
+        for name, agent in learners_on_gpu(config).items():
+            if agent.host == "local":  # this process is the first on the GPU, should only one be allowed
+                torch.cuda.mem_get_info(device_of(agent, f"agents.{name}"))
         process = start(folder)
     ahead = Ahead(process)
     try:
@@ -161,7 +163,8 @@ def _mark(config: Config) -> Path:
         model = resolve_model(agent.model, f"agents.{name}.model", weights=False)
         device = device_of(agent, f"agents.{name}")
         parts += [(model / "config.json").read_text(), torch.cuda.get_device_name(device), asdict(agent.optimizer),
-                  asdict(agent.lora), agent.train, agent.dtype, agent.fused_layers]  # fmt: skip
+                  asdict(agent.lora), agent.train, agent.dtype, agent.fused_layers, agent.quantize, agent.logits_mib,
+                  agent.gradient_checkpointing]  # fmt: skip
     kernels = sorted(Path(launch.__file__).parent.glob("*.py"))
     told = hashlib.sha256(json.dumps(parts).encode() + b"".join(file.read_bytes() for file in kernels)).hexdigest()
     return Path(knobs.cache.dir) / f"ilr_fast_{told[:32]}"

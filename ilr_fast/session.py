@@ -89,12 +89,11 @@ def _benchmarks(config: Config, splits: Mapping[str, Sequence[Question]]) -> lis
 
 
 @contextmanager
-def open_session(ready: Ready, folder: RunFolder, progress: Progress) -> Iterator[Session]:
+def open_session(ready: Ready, folder: RunFolder, progress: Progress, card: PeakSampler) -> Iterator[Session]:
     """Loads the agents and starts the verifiers; closes both at the end."""
     with ExitStack() as stack:
         grader = open_grader(ready.config)
         stack.callback(grader.close)
-        card = stack.enter_context(PeakSampler())
         logs = folder.path / "logs"
         team = stack.enter_context(open_team(ready.config, ready.chats, logs=logs, progress=progress))
         yield Session(ready, folder, team, grader, progress, card)

@@ -23,6 +23,7 @@ from threading import Event
 from typing import Any
 
 from ilr_fast.background import Background
+from ilr_fast.card import PeakSampler
 from ilr_fast.checkpoint import newest_good, save
 from ilr_fast.config import Config, calibration_is_noop
 from ilr_fast.credit import credit, has_gradient, training_sequences
@@ -65,8 +66,9 @@ def train(config: Config, *, fresh: bool = False, command: str = "ilr-fast train
         RunFolder.open(config, fresh=fresh, command=command) as folder,
         Progress(config.steps) as progress,
         Interrupt() as interrupt,
+        PeakSampler() as card,  # before this process uses a card
         kernels_ahead(config, folder.path, room=planned.room) as ahead,
-        open_session(ready, folder, progress) as session,
+        open_session(ready, folder, progress, card) as session,
     ):
         if calibration_is_noop(config):
             progress.warn(
@@ -144,12 +146,12 @@ class _Steps:
             self.whole = False
             self.writing.start(partial(session.folder.write_dialogues, step, rollout.credited))
             results = update(session, rollout.credited, step, timer, self.meanwhile(step, timer))
-            self.done, self.whole = step, True
             failed = step_failures(step, rollout.groups.dialogues, rollout.groups.scored, results)
             self.failures.add(failed)
             self.writing.wait()
             self.row = metrics_row(step, rollout.credited, results, rollout.before, rollout.after, failed)
             self.row["questions"] = {"replaced": rollout.groups.replaced, "stopped": rollout.groups.stopped}
+            self.done, self.whole = step, True
         self.warn()
         self.finish(step, timer)
         self.failures.check(failed, len(rollout.groups.dialogues), step)

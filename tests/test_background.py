@@ -24,6 +24,11 @@ def test_a_failure_is_raised_where_it_is_waited_for_once():
         background.wait()
     background.wait()
     background.start(lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        background.start(lambda: done.append(2))  # runs all the same
+    background.wait()
+    assert done == [1, 2]
+    background.start(lambda: 1 / 0)
     background.close()
     assert not background.busy
 

@@ -56,7 +56,7 @@ def on_gpu(tmp_path, monkeypatch):
     config = config_of(tmp_path / "model")
     monkeypatch.setattr(kernels_ahead, "learners_on_gpu", lambda config: config.agents)
     monkeypatch.setattr(kernels_ahead, "_mark", lambda config: tmp_path / "mark")
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
     monkeypatch.setattr(kernels_ahead, "start", start)
     return config, started
 
