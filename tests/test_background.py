@@ -134,3 +134,35 @@ def test_a_checkpoint_that_fails_ends_the_run(tmp_path, models, monkeypatch, cap
     monkeypatch.setattr(training, "save", full)
     assert main(["train", str(write_config(tmp_path, models, steps=2, checkpoint__every=1))]) == 2
     assert "the disk is full" in capfd.readouterr().err
+
+
+def test_a_row_that_was_not_made_belongs_to_no_checkpoint(tmp_path, models, monkeypatch):
+    row = training.metrics_row
+
+    def interrupted(step, *arguments):
+        if step == 2:
+            raise KeyboardInterrupt
+        return row(step, *arguments)
+
+    monkeypatch.setattr(training, "metrics_row", interrupted)
+    assert main(["train", str(write_config(tmp_path, models, steps=2, checkpoint__every=1))]) == 130
+    found = checkpoint.newest_good(tmp_path / "run" / "checkpoints")
+    assert found.step == found.state["row"]["step"] == 1
+
+
+def test_the_cards_memory_is_looked_at_before_kernels_are_compiled_there(tmp_path, models, monkeypatch):
+    seen = []
+
+    class Looks(training.PeakSampler):
+        def __init__(self):
+            seen.append("card")
+            super().__init__()
+
+    def ahead(*arguments, **more):
+        seen.append("kernels")
+        raise UserError("enough seen", "this", "nothing")
+
+    monkeypatch.setattr(training, "PeakSampler", Looks)
+    monkeypatch.setattr(training, "kernels_ahead", ahead)
+    assert main(["train", str(write_config(tmp_path, models, steps=1))]) == 2
+    assert seen == ["card", "kernels"]
