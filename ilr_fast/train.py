@@ -114,6 +114,7 @@ class _Steps:
         self.saving, self.writing = Background("checkpoint"), Background("dialogues")
         self.read = Event()  # a checkpoint's weights stand in files: hashes and the flush to the disk need them no more
         self.ahead: Rollout | None = None  # the next step's
+        self.late: BaseException | None = None  # what ended it, raised once this step is whole
         self.row: dict[str, Any] = {}
         self.warned: set[str] = set()
 
@@ -152,6 +153,8 @@ class _Steps:
             self.row = metrics_row(step, rollout.credited, results, rollout.before, rollout.after, failed)
             self.row["questions"] = {"replaced": rollout.groups.replaced, "stopped": rollout.groups.stopped}
             self.done, self.whole = step, True
+            if self.late is not None:
+                raise self.late
         self.warn()
         self.finish(step, timer)
         self.failures.check(failed, len(rollout.groups.dialogues), step)
@@ -167,7 +170,10 @@ class _Steps:
         """What is to be done while agents learn: the next step's dialogues, where the config wants them ahead."""
 
         def talk() -> None:
-            self.ahead = self.talk(step + 1, timer)
+            try:
+                self.ahead = self.talk(step + 1, timer)
+            except BaseException as failure:
+                self.late = failure
 
         return talk if self.config.rollout.ahead and step < self.config.steps else None
 

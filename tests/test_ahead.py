@@ -11,6 +11,7 @@ import pytest
 from end_to_end import read_rows, save_models, write_config
 
 from ilr_fast.agent import Agent
+from ilr_fast.checkpoint import newest_good
 from ilr_fast.cli import main
 from ilr_fast.config_parse import load_config
 from ilr_fast.engines.embedded import EmbeddedEngine
@@ -90,6 +91,24 @@ def test_what_fails_meanwhile_leaves_no_update_in_its_middle(tmp_path, models, m
     tmp_path.mkdir()
     assert main(["train", str(write_config(tmp_path, models, interaction="none", **AHEAD))]) == 2
     assert len(learned) == 2
+
+
+def test_an_interruption_meanwhile_keeps_the_update_that_is_done(tmp_path, models, monkeypatch):
+    import ilr_fast.train as training
+
+    roll_out = training.roll_out
+
+    def interrupted(session: Any, interactions: Any, questions: Any, step: int, timer: Any) -> Any:
+        if step == 2:
+            raise KeyboardInterrupt
+        return roll_out(session, interactions, questions, step, timer)
+
+    monkeypatch.setattr(training, "roll_out", interrupted)
+    tmp_path = tmp_path / "run"
+    tmp_path.mkdir()
+    assert main(["train", str(write_config(tmp_path, models, interaction="none", **AHEAD))]) == 130
+    found = newest_good(tmp_path / "run" / "checkpoints")
+    assert found.step == found.state["row"]["step"] == 1
 
 
 VLLM = ["agents.a.engine.name=vllm", "agents.a.engine.weights=copy", "loss.importance=token", "rollout.ahead=true"]
