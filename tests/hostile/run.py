@@ -76,7 +76,8 @@ def find_harm(folder: Path, victim: subprocess.Popen[bytes], server: socket.sock
         harm.append("files were changed")
     if victim.poll() is not None:
         harm.append("a process was killed")
-    if any(Path(d, "ilr-hostile").exists() for d in ("/", "/etc", "/usr", "/usr/lib", "/var/tmp", "/dev/shm", "/root")):
+    places = ("/", "/etc", "/usr", "/usr/lib", "/var/tmp", "/dev/shm", "/root")
+    if any(os.path.exists(f"{place}/ilr-hostile") for place in places):
         harm.append("files were written")
     try:
         server.accept()
