@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ilr_kernels import launch
+from ilr_kernels import policy_loss
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ilr_fast.agent import Agent
@@ -165,7 +165,7 @@ def _mark(config: Config) -> Path:
         parts += [(model / "config.json").read_text(), torch.cuda.get_device_name(device), asdict(agent.optimizer),
                   asdict(agent.lora), agent.train, agent.dtype, agent.fused_layers, agent.quantize, agent.logits_mib,
                   agent.gradient_checkpointing]  # fmt: skip
-    kernels = sorted(Path(launch.__file__).parent.glob("*.py"))
+    kernels = sorted(Path(policy_loss.__file__).parent.glob("*.py"))
     told = hashlib.sha256(json.dumps(parts).encode() + b"".join(file.read_bytes() for file in kernels)).hexdigest()
     return Path(knobs.cache.dir) / f"ilr_fast_{told[:32]}"
 

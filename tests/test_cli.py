@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 from end_to_end import agent, save_models, write_config
@@ -234,3 +237,22 @@ def test_help_is_printed(capsys):
     with pytest.raises(SystemExit):
         main(["-h"])
     assert "95% intervals" in capsys.readouterr().out
+
+
+def test_nothing_but_vllms_sampler_needs_triton():
+    code = """
+import importlib, pkgutil, sys
+sys.modules["triton"] = None  # an import of it now fails
+import ilr_fast
+failed = []
+for module in pkgutil.walk_packages(ilr_fast.__path__, "ilr_fast."):
+    try:
+        importlib.import_module(module.name)
+    except ModuleNotFoundError as error:
+        failed.append(f"{module.name}: {error}")
+print(*failed, sep="\\n")
+"""
+    clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=clean)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [line.split(":")[0] for line in done.stdout.split("\n") if line] == ["ilr_fast.engines.vllm_sampler"]
