@@ -36,9 +36,11 @@ from typing import Any
 from ilr_benchmarks.common import HERE, row, write_results
 
 from ilr_fast.metrics import read_metrics
+from ilr_fast.rewards.number import read_number
 
 HIGH, HELD_OUT, TEST = 50, 200, 100
 QUESTIONS, SAMPLES, STEPS, EVERY, RATE = 32, 8, 70, 5, 2e-5
+MODEL, MOST_TOKENS = "smollm2-135m-instruct", 12  # as in configs/gpu/sums.yaml
 GOALS = (0.5, 0.6, 0.7)
 GOAL, TARGET = 0.7, 2.0  # ours must be there in half of TRL's time
 OURS, THEIRS = "ilr-fast", "TRL"
@@ -94,6 +96,23 @@ def write_problems(folder: Path, seed: int) -> None:
     for name, part in zip(("train", "validation", "test"), pairs(seed), strict=True):
         rows = [{"question": f"What is {a} + {b}?", "answer": str(a + b)} for a, b in part]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+def read_problems(file: Path) -> list[dict[str, str]]:
+    """The rows of such a file."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def prompt(question: str) -> str:
+    """The text of `chat_template: plain`."""
+    return f"Question: {question}\nAnswer:"
+
+
+def grade(text: str, answer: str) -> float:
+    """1 for the right number on the first line, by the grader of our run."""
+    first, _, _ = text.partition("\n")
+    number = read_number(first)
+    return float(number is not None and number == read_number(answer))
 
 
 def ours(folder: Path, seed: int, steps: int, every: int, quick: bool) -> list[str]:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import random
 import tempfile
 from collections.abc import Sequence
@@ -29,15 +28,26 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from ilr_benchmarks.common import row, write_results
-from ilr_benchmarks.curve import EVERY, QUESTIONS, RATE, SAMPLES, STEPS, write_problems
+from ilr_benchmarks.curve import (
+    EVERY,
+    MODEL,
+    MOST_TOKENS,
+    QUESTIONS,
+    RATE,
+    SAMPLES,
+    STEPS,
+    grade,
+    prompt,
+    read_problems,
+    write_problems,
+)
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ilr_fast.copies import spread
 from ilr_fast.models import resolve_model
-from ilr_fast.rewards.number import read_number
 
-MODEL, MOST_TOKENS, SCALE = "smollm2-135m-instruct", 12, 2.0**12
+SCALE = 2.0**12  # of float16's loss
 WIDTHS = {"autocast": torch.float32, "mixed": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -67,7 +77,7 @@ class Plain:
     def answers(self, questions: Sequence[dict[str, str]], samples: int) -> tuple[Tensor, Tensor, Tensor]:
         """(prompts and answers [B, P + T], their mask without what follows an end, the answers' lengths [B]); `samples`
         answers for each question at temperature 1, or, for 0, one that is greedy."""
-        texts = [f"Question: {q['question']}\nAnswer:" for q in questions]
+        texts = [prompt(q["question"]) for q in questions]
         batch = self.tokenizer(texts, return_tensors="pt", padding=True).to(self.device)
         how: dict[str, Any] = {"do_sample": False}
         if samples:
@@ -75,10 +85,10 @@ class Plain:
         with self.autocast(self.teller):
             out = self.teller.generate(**batch, max_new_tokens=MOST_TOKENS, **how,
                                        pad_token_id=self.tokenizer.pad_token_id)  # fmt: skip
-        prompt = batch["input_ids"].shape[1]
-        out = F.pad(out, (0, prompt + MOST_TOKENS - out.shape[1]), value=self.tokenizer.pad_token_id)
-        lengths = torch.tensor([first_end(ids, self.ends) for ids in out[:, prompt:].tolist()], device=self.device)
-        own = torch.arange(out.shape[1] - prompt, device=self.device) < lengths[:, None]
+        start = batch["input_ids"].shape[1]
+        out = F.pad(out, (0, start + MOST_TOKENS - out.shape[1]), value=self.tokenizer.pad_token_id)
+        lengths = torch.tensor([first_end(ids, self.ends) for ids in out[:, start:].tolist()], device=self.device)
+        own = torch.arange(out.shape[1] - start, device=self.device) < lengths[:, None]
         return out, torch.cat([batch["attention_mask"].repeat_interleave(samples or 1, 0), own.long()], 1), lengths
 
     def rewards(self, out: Tensor, lengths: Tensor, questions: Sequence[dict[str, str]]) -> Tensor:
@@ -86,9 +96,7 @@ class Plain:
         each = len(out) // len(questions)
         answers = zip(out[:, -MOST_TOKENS:].tolist(), lengths.tolist(), strict=True)
         texts = [self.tokenizer.decode(ids[:n], skip_special_tokens=True) for ids, n in answers]
-        numbers = [read_number(text.partition("\n")[0]) for text in texts]
-        wanted = [read_number(questions[i // each]["answer"]) for i in range(len(texts))]
-        return torch.tensor([float(n is not None and n == w) for n, w in zip(numbers, wanted, strict=True)])
+        return torch.tensor([grade(text, questions[i // each]["answer"]) for i, text in enumerate(texts)])
 
     def learn(self, out: Tensor, mask: Tensor, lengths: Tensor, rewards: Tensor, aggregation: str) -> None:
         """One update by the groups of SAMPLES answers."""
@@ -130,8 +138,7 @@ def learned(seed: int, precision: str, aggregation: str, steps: int, device: str
     """The row of one seed."""
     with tempfile.TemporaryDirectory() as folder:
         write_problems(Path(folder), seed)
-        train, held = ([json.loads(line) for line in (Path(folder) / f"{name}.jsonl").read_text().splitlines()]
-                       for name in ("train", "validation"))  # fmt: skip
+        train, held = (read_problems(Path(folder) / f"{name}.jsonl") for name in ("train", "validation"))
     torch.manual_seed(seed)
     plain = Plain(resolve_model(MODEL), precision, seed, device)
     random.Random(seed).shuffle(train)

@@ -16,26 +16,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from ilr_benchmarks.curve import QUESTIONS, SAMPLES
+from ilr_benchmarks.curve import MODEL, MOST_TOKENS, QUESTIONS, SAMPLES, grade, prompt, read_problems
 from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from ilr_fast.models import resolve_model
-from ilr_fast.rewards.number import read_number
 
-MODEL, MOST_TOKENS, LONGEST = "smollm2-135m-instruct", 12, 256  # as in configs/gpu/sums.yaml
-
-
-def prompt(question: str) -> str:
-    """The text of `chat_template: plain`."""
-    return f"Question: {question}\nAnswer:"
-
-
-def grade(text: str, answer: str) -> float:
-    """1 for the right number on the first line, by the grader of our run."""
-    first, _, _ = text.partition("\n")
-    number = read_number(first)
-    return float(number is not None and number == read_number(answer))
+LONGEST = 256  # tokens, as in configs/gpu/sums.yaml
 
 
 class Curve(TrainerCallback):
@@ -43,7 +30,7 @@ class Curve(TrainerCallback):
 
     def __init__(self, folder: Path, tokenizer: Any, every: int):
         self.file, self.tokenizer, self.every = folder / "trl.jsonl", tokenizer, every
-        self.held = read(folder / "validation.jsonl")
+        self.held = read_problems(folder / "validation.jsonl")
         self.trainer: Any = None
         self.seconds = self.began = 0.0
 
@@ -83,10 +70,6 @@ class Curve(TrainerCallback):
         print(line, flush=True)
 
 
-def read(file: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
 def now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -120,7 +103,7 @@ def main() -> None:
     model = str(resolve_model(MODEL))
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    rows = read(options.folder / "train.jsonl")
+    rows = read_problems(options.folder / "train.jsonl")
     answers = {prompt(q["question"]): q["answer"] for q in rows}
 
     def reward(prompts: list[str], completions: list[str], **more: Any) -> list[float]:
