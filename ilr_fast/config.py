@@ -95,8 +95,10 @@ class RewardConfig:
 
     name: str = key("math", "`math`, `number`, `steps`, `choice`, `code`, `task`, or `module:Class` of your own.")
     format_weight: float = key(0.1, "Reward for an answer in the asked form; 0: rewards of two values.", low=0)
-    stage_reward: Literal["own", "final"] = key(
-        "own", "own: sharing gets its own answer's reward, later stages the fused one's; final: all get that."
+    stage_reward: Literal["own", "each", "final"] = key(
+        "own",
+        "own: sharing gets its own answer's reward, later stages the fused one's; each: every turn its own answer's; "
+        "final: all get the fused one's.",
     )
     overlong_buffer: int = key(0, "Tokens before a turn's limit over which the reward falls by up to 1; 0: off.", low=0)
     time_limit: float = key(5.0, "Seconds a verifier may take for one answer.", low=0.1)

@@ -23,6 +23,7 @@ def test_idea3_waits_and_pays():
     assert protocol.stages == ("sharing", "analysis", "fusion")
     assert [protocol.needs(s) for s in protocol.stages] == [(), ("sharing",), ()]
     assert [protocol.reward_stage(s, "own") for s in protocol.stages] == ["sharing", "fusion", "fusion"]
+    assert [protocol.reward_stage(s, "each") for s in protocol.stages] == list(protocol.stages)
     assert [protocol.reward_stage(s, "final") for s in protocol.stages] == ["fusion"] * 3
     shown = load_protocol("idea3", replace(SHORT, rollout=RolloutConfig(show_peer_analyses=True)))
     assert shown.needs("fusion") == ("analysis",)

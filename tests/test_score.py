@@ -53,6 +53,11 @@ def test_final_gives_the_fused_answers_reward_to_every_turn():
     assert item.rewards == {"ada": (1.0, 1.0, 1.0), "bob": (0.1, 0.1, 0.1)}
 
 
+def test_each_gives_every_turn_its_own_answers_reward():
+    (item,) = scored([dialogue(**TEXTS)], stage_reward="each")
+    assert item.rewards == {"ada": (1.1, 0.1, 1.0), "bob": (0.0, 1.1, 0.1)}
+
+
 def test_a_turn_pays_for_its_own_length_by_its_own_limit():
     """Buffer 4: the limit 10 costs from 7 tokens on, 20 (fusion) from 17 on."""
     (item,) = scored([dialogue(lengths=(10, 8, 19), **TEXTS)], overlong_buffer=4)

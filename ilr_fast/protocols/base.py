@@ -51,5 +51,5 @@ class DialogueProtocol(Protocol):
         ...
 
     def reward_stage(self, stage: str, stage_reward: str) -> str:
-        """The stage whose answer's reward the turn of `stage` gets; `stage_reward` is the config's `own` or `final`."""
+        """The stage whose answer's reward the turn of `stage` gets; `stage_reward`: the config's."""
         ...

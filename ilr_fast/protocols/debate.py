@@ -29,5 +29,5 @@ class Debate:
         return self.prompts.message("debate", view, own=view.own[last], peers=[peer[last] for peer in view.peers])
 
     def reward_stage(self, stage: str, stage_reward: str) -> str:
-        """own: the round's answer; final: the last round's."""
+        """own, each: the round's answer; final: the last round's."""
         return self.stages[-1] if stage_reward == "final" else stage

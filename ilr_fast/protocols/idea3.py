@@ -37,5 +37,7 @@ class Idea3:
         return self.prompts.message(stage, view, own=own, peers=peers)
 
     def reward_stage(self, stage: str, stage_reward: str) -> str:
-        """own: sharing gets its own answer's reward, analysis and fusion the fused one's; final: all get that."""
+        """own: sharing gets its own answer's reward, later stages the fused one's; each: its own; final: the fused."""
+        if stage_reward == "each":
+            return stage
         return "sharing" if stage == "sharing" and stage_reward == "own" else "fusion"
