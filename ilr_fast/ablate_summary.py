@@ -5,10 +5,16 @@
 Rows hold the mean accuracy with its 95% interval over questions and seeds, the difference to base, GRPO and ILR with
 its paired interval and verdict (`none` where the interval holds 0), the tokens that the agent generated in training,
 and the share of cooperation. Runs that are not finished are listed and enter no row. `table` writes rows as Markdown.
+
+    python -m ilr_fast.ablate_summary runs/steps-ablation elsewhere/steps-ablation --out runs/steps
+
+Runs of one ablation made in several places (seeds on another machine, methods added later) as one table: `--out` gets
+their `ablation.json` and figure, and the Markdown of each benchmark is printed.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -36,14 +42,33 @@ def summarise(folder: Path, *, command: str, console: Console | None = None) -> 
 
     Where matplotlib is installed the figure, `ablation.png`, too.
     """
-    found = summary([read_run(file.parent) for file in sorted(folder.glob("*/config.yaml"))], command=command)
-    with disk_errors(folder, "free some space and give the command again"):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "ablation.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    if can_draw() and found["rows"]:
-        draw(found, folder / "ablation.png")
+    found = _write([folder], folder, command)
     if console is not None:
         _print(found["rows"], console)
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """One table of the runs of several folders."""
+    parser = argparse.ArgumentParser(description="One table of the runs in several ablations' folders.")
+    parser.add_argument("folders", nargs="+", type=Path, help="of two runs of one name the last counts")
+    parser.add_argument("--out", type=Path, required=True, help="where ablation.json and ablation.png go")
+    parser.add_argument("--command", default="ilr-fast ablate", help="what made the runs, for ablation.json")
+    options = parser.parse_args(arguments)
+    found = _write(options.folders, options.out, options.command)
+    for benchmark in dict.fromkeys(row["benchmark"] for row in found["rows"]):
+        print(f"{benchmark}\n\n{table(found['rows'], benchmark)}")
+    return 0
+
+
+def _write(folders: Sequence[Path], out: Path, command: str) -> dict[str, Any]:
+    files = {file.parent.name: file for folder in folders for file in sorted(folder.glob("*/config.yaml"))}
+    found = summary([read_run(file.parent) for file in files.values()], command=command)
+    with disk_errors(out, "free some space and give the command again"):
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / "ablation.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    if can_draw() and found["rows"]:
+        draw(found, out / "ablation.png")
     return found
 
 
@@ -222,3 +247,5 @@ def _print(rows: Sequence[Row], console: Console) -> None:
         console.print(shown)
 
 
+if __name__ == "__main__":
+    raise SystemExit(main())

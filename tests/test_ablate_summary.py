@@ -12,7 +12,7 @@ from made_up_runs import make_run
 from rich.console import Console
 
 from ilr_fast.ablate_figure import curves
-from ilr_fast.ablate_summary import difference_text, summarise, table
+from ilr_fast.ablate_summary import difference_text, main, summarise, table
 
 
 @pytest.fixture
@@ -69,3 +69,14 @@ def test_the_figure_is_drawn_and_its_curves_are_of_first_answers(folder):
     steps, lines = curves([c for c in found["curves"] if (c["agent"], c["method"]) == ("gemma", "ilr")])
     assert steps == list(range(1, 15)) and len(lines) == 3
     assert curves([]) == ([], [])
+
+
+def test_runs_of_several_folders_make_one_table_and_a_repeated_one_counts_once(folder, tmp_path, capsys):
+    more = tmp_path / "more"
+    for seed in (3, 5):
+        made(more / f"ilr-seed{seed}", seed, method="ilr", lift=0.4)
+    assert main([str(folder), str(more), "--out", str(tmp_path / "out")]) == 0
+    found = json.loads((tmp_path / "out" / "ablation.json").read_text())
+    ilr = next(row for row in found["rows"] if row["agent"] == "gemma" and row["method"] == "ilr")
+    assert ilr["seeds"] == [1, 2, 3, 5] and ilr["against"]["grpo"]["seeds"] == [1, 2, 3]
+    assert len(found["runs"]) == 8 and "| gemma | ilr |" in capsys.readouterr().out
