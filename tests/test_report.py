@@ -12,6 +12,7 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
+import yaml
 from made_up_runs import HOSTILE, make_run
 from packed_parts import figures_of, spoken_of
 from rich.console import Console
@@ -209,6 +210,18 @@ def test_seeds_are_one_curve_with_a_band_and_one_line(tmp_path):
     assert lines["ilr"].accuracy == pytest.approx(sum(accuracies) / 3)
     assert lines["ilr"].to["base"].n == 900 and lines["ilr"].to["base"].verdict == "better"
     assert "300, 3 seeds" in page and "300, 3 seeds" in printed
+
+
+@pytest.mark.parametrize(("sources", "labels"), [
+    (("p/1/train.jsonl", "p/2/train.jsonl"), ["ilr"]), (("train-seed1.jsonl", "train-seed2.jsonl"), ["ilr"]),
+    (("p/3/train.jsonl", "p/4/train.jsonl"), ["ilr", "ilr"]), (("p1/train.jsonl", "p2/train.jsonl"), ["ilr", "ilr"]),
+])  # fmt: skip
+def test_seeds_with_data_of_their_own_are_one_curve(tmp_path, sources, labels):
+    runs = [make_run(tmp_path / f"ilr-seed{s}", seed=s, steps=1) for s in (1, 2)]
+    for run, source in zip(runs, sources, strict=True):
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        (run / "config.yaml").write_text(yaml.safe_dump(config | {"data": {"train": source}}))
+    assert [arm.label.removesuffix("-seed1").removesuffix("-seed2") for arm in arms_of(read_runs(runs))] == labels
 
 
 def test_a_difference_within_the_interval_is_none(tmp_path):

@@ -14,6 +14,7 @@ from made_up_runs import HOSTILE, make_run
 from rich.console import Console
 
 from ilr_fast.report import report
+from ilr_fast.report.theme import DARK, LIGHT
 
 pytestmark = pytest.mark.browser
 PHONE = {"width": 390, "height": 844}
@@ -104,11 +105,12 @@ def test_all_figures_are_drawn_and_tell_their_values(opened, path):
 
 
 def test_figures_are_saved(opened, path, run):
-    page = opened(path)
+    page = opened(path, color_scheme="dark")
     figure = figure_called(page, "Reward")
     assert saved(page, figure, "PNG").startswith(b"\x89PNG")
     svg = saved(page, figure, "SVG").decode()
     assert svg.startswith("<svg") and "gemma" in svg and "step" in svg
+    assert LIGHT[0] in svg and DARK[0] not in svg  # for paper, though the page is dark
     rows = list(csv.DictReader(io.StringIO(saved(page, figure, "CSV").decode())))
     metrics = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     wanted = [row["agents"]["gemma"]["reward"] for row in metrics]
@@ -164,7 +166,9 @@ def test_dialogues_are_filtered_and_read(opened, path):
 
     assert chosen(agent="gemma", change="mended by a peer") == counts["mended by a peer"]
     page.click("#list summary")
-    marks = page.query_selector_all("#list details[open] summary .chip:nth-of-type(3) em")
+    head = page.query_selector("#list details[open] summary")
+    assert "mended by a peer" in head.inner_text() and "Which number is the largest" in head.inner_text()
+    marks = head.query_selector_all('.chip:has-text("gemma") em')
     assert [m.inner_text() for m in (marks[0], marks[-1])] == ["✗", "✓"]  # gemma's first and last answer
     box = page.query_selector("#list details[open]")
     assert [h.inner_text().lower() for h in box.query_selector_all("h4")] == ["sharing", "analysis", "fusion"]

@@ -1,4 +1,5 @@
 """Runs that differ in nothing but their seed are one arm: their curves become a mean with a band, their results a line.
+Data files may be each seed's own, named by it (`problems/1/train.jsonl`, `train-seed2.jsonl`).
 
 >>> common_name(["runs/ilr-seed1", "runs/ilr-seed2"]), common_name(["1/grpo", "2/grpo"]), common_name(["a", "b"])
 ('runs/ilr', 'grpo', None)
@@ -100,8 +101,19 @@ def _identity(config: Row) -> str:
 
 def _compared(config: Row) -> dict[str, Any]:
     """The keys by path that tell arms apart."""
-    return {path: value for path, value in _flat(config).items()
+    flat = {path: value for path, value in _flat(config).items()
             if not any(fnmatchcase(path, pattern) for pattern in _NOT_COMPARED)}  # fmt: skip
+    data = {path: value for path, value in flat.items() if path.startswith("data.") and isinstance(value, str)}
+    return flat | {path: _without_seed(value, config.get("seed")) for path, value in data.items()}
+
+
+def _without_seed(source: str, seed: Any) -> str:
+    """A source of questions, the seed in its name left open: a folder of that number, `seed2`, or the end of a name.
+
+    >>> [_without_seed(s, 2) for s in ("p-2/2/train.jsonl", "p/train-seed2.jsonl", "p2/test_2.jsonl", "openai/gsm8k")]
+    ['p-2/SEED/train.jsonl', 'p/train-seedSEED.jsonl', 'p2/test_SEED.jsonl', 'openai/gsm8k']
+    """
+    return re.sub(rf"(?<=/){seed}(?=/)|(?<=seed){seed}(?=/|\.)|(?<=[-_.]){seed}(?=\.\w+$)", "SEED", source)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

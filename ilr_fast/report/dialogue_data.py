@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ilr_fast.report.flips import flip
-from ilr_fast.report.keep import cut, kind_of
+from ilr_fast.report.keep import cut
 from ilr_fast.report.series import short
 from ilr_fast.transcripts import Spoken, Transcript
 
@@ -23,7 +23,6 @@ def dialogue_data(run: int, transcripts: Sequence[Transcript], colours: dict[str
             "step": t.step,
             "id": t.question_id,
             "n": t.sample + 1,
-            "kind": kind_of(t),
             "question": cut(t.question),
             "expected": cut(t.expected, 400),
             "error": t.error,

@@ -33,16 +33,17 @@
 
   function card(dialogue) {
     const box = make("details", "dialogue"), head = make("summary");
-    head.append(make("b", "", (runs.length > 1 ? runs[dialogue.run] + " · " : "") + "step " + dialogue.step), " ",
-      make("span", "", dialogue.id + " · dialogue " + dialogue.n + (dialogue.level ? " · level " + dialogue.level : "")));
+    head.append(make("b", "", (runs.length > 1 ? runs[dialogue.run] + " · " : "") + "step " + dialogue.step));
     for (const agent of dialogue.agents) {
       const chip = make("span", "chip"), dot = make("i");
       dot.style.background = colour(agent);
       chip.append(dot, agent.name + " ");
       agent.turns.forEach(turn => chip.append(make("em", verdict(turn.right), mark(turn.right))));
+      if (/^(mended|spoiled)/.test(agent.flip)) chip.append(" " + agent.flip);
       head.append(chip);
     }
     if (dialogue.error) head.append(make("span", "tag wrong", "broken off"));
+    head.append(make("span", "asked", dialogue.question.slice(0, 300)));
     box.append(head);
     box.addEventListener("toggle", () => { if (box.open && box.childElementCount === 1) fill(box, dialogue); });
     return box;
@@ -50,8 +51,8 @@
 
   function fill(box, dialogue) {
     box.append(make("p", "question", dialogue.question));
-    const expected = make("p", "note", "expected answer: ");
-    expected.append(make("b", "", dialogue.expected));
+    const expected = make("p", "note", "expected answer: "), level = dialogue.level ? " · level " + dialogue.level : "";
+    expected.append(make("b", "", dialogue.expected), " · " + dialogue.id + " · dialogue " + dialogue.n + level);
     box.append(expected);
     if (dialogue.error) box.append(make("p", "note wrong", "broken off: " + dialogue.error));
     const stages = [...new Set(dialogue.agents.flatMap(agent => agent.turns.map(turn => turn.stage)))];

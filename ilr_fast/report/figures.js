@@ -23,20 +23,33 @@ const ready = (async () => {
 })();
 ready.catch(report);
 
-async function draw(plot) {
-  const {figures, config} = await ready, theme = isDark() ? "dark" : "light";
-  if (plot.dataset.drawn === theme) return plot.view;
-  plot.dataset.drawn = theme;
-  if (plot.view) plot.view.finalize();
-  const {spec, legend} = figures[plot.dataset.figure];
+async function embed(place, number, theme) {
+  const {figures, config} = await ready, {spec, legend} = figures[number];
   const longest = Math.max(0, ...legend.map(name => Math.min(name.length, 30)));
-  const columns = Math.max(1, Math.floor((plot.clientWidth - 50) / (6.6 * longest + 38)));
+  const columns = Math.max(1, Math.floor((place.clientWidth - 50) / (6.6 * longest + 38)));
   const themed = {...config[theme], legend: {...config[theme].legend, columns}};
-  const drawn = await vegaEmbed(plot, structuredClone(spec), {
+  const drawn = await vegaEmbed(place, structuredClone(spec), {
     actions: false, renderer: "svg", config: themed, tooltip: {theme: "page", offsetX: 14, offsetY: 14},
   });
+  return drawn.view;
+}
+
+async function draw(plot) {
+  const theme = isDark() ? "dark" : "light";
+  if (plot.dataset.drawn === theme) return;
+  plot.dataset.drawn = theme;
+  if (plot.view) plot.view.finalize();
+  plot.view = await embed(plot, plot.dataset.figure, theme);
   plot.style.minHeight = 0;  // it kept the place until now
-  return plot.view = drawn.view;
+}
+
+// What is saved is for paper: in the light colours, whatever the page has.
+async function lit(plot, use) {
+  const place = document.createElement("div");
+  Object.assign(place.style, {position: "absolute", left: "-10000px", width: plot.clientWidth + "px"});
+  document.body.append(place);
+  const view = await embed(place, plot.dataset.figure, "light");
+  try { return await use(view); } finally { view.finalize(); place.remove(); }
 }
 
 const plots = [...document.querySelectorAll("[data-figure]")];
@@ -81,9 +94,8 @@ document.addEventListener("click", async event => {
     const figure = (await ready).figures[plot.dataset.figure];
     const name = figure.title.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "") + "." + kind.toLowerCase();
     if (kind === "CSV") return save(new Blob([csv(figure)], {type: "text/csv"}), name);
-    const view = await draw(plot);
-    if (kind === "SVG") return save(new Blob([await view.toSVG()], {type: "image/svg+xml"}), name);
-    const canvas = await view.toCanvas(3);
+    if (kind === "SVG") return save(new Blob([await lit(plot, view => view.toSVG())], {type: "image/svg+xml"}), name);
+    const canvas = await lit(plot, view => view.toCanvas(3));
     canvas.toBlob(blob => save(blob, name), "image/png");
   } catch (problem) { report(problem); }
 });

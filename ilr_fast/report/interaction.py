@@ -35,9 +35,9 @@ def interaction_table(
     talking = [run for run in runs if run.metrics and len(run.agents) > 1]
     for run in talking:
         shares = {a: _mean([y for _, y in run.column(a, "cooperation_share") if y is not None]) for a in run.agents}
-        suffix = f" · {run.name}" if len(runs) > 1 else ""
+        suffix, prefix = (f" · {run.name}", f"{run.name}: ") if len(runs) > 1 else ("", "")
         rows += [_row(agent, suffix, shares[agent], surveys[run.name], facts[run.name]) for agent in run.agents]
-        notes |= dict.fromkeys(note + suffix for note in _notes(run, shares, facts[run.name]))
+        notes |= dict.fromkeys(prefix + note for note in _notes(run, shares, facts[run.name]))
     rows = [row for row in rows if any(cell != "–" for cell in row[1:])]  # where nobody is told to cooperate or compete
     return {"head": HEAD, "rows": rows, "notes": list(notes)} if rows else None
 
@@ -80,7 +80,7 @@ def _notes(run: Run, shares: Mapping[str, float | None], facts: Mapping[str, Any
     for agent, windows in mapping(facts.get("windows")).items():
         invalid = dig(facts, "invalid_windows", agent)
         if windows and invalid:
-            notes.append(f"{agent}: {invalid:.0f} of {windows} rankings could not be read, asked twice.")
+            notes.append(f"{invalid:.0f} of {windows} rankings by {agent} could not be read, asked twice.")
     for agent in facts.get("template_rewrites") or []:
         notes.append(f"The chat template of {agent} rewrites earlier turns; its tokens stand as they were sampled.")
     return notes

@@ -118,10 +118,11 @@ def _title(content: Content) -> str:
 def _arm(arm: Arm, title: str) -> dict[str, Any]:
     """An arm's runs in a line, for pages of many."""
     seeds = ", ".join(str(run.seed) for run in arm.runs if run.seed is not None)
+    seeds = seeds and f"{'seeds' if ',' in seeds else 'seed'} {seeds}"
     done = sorted({run.steps_done for run in arm.runs})
     steps = f"{done[0]} steps" if len(done) == 1 else f"{done[0]} to {done[-1]} steps"
     runs = f"{len(arm.runs)} runs" if len(arm.runs) > 1 else "1 run"
-    text = " · ".join(t for t in (runs, f"seeds {seeds}" if seeds else "", steps, ", ".join(arm.agents)) if t)
+    text = " · ".join(t for t in (runs, seeds, steps, ", ".join(arm.agents)) if t)
     return {"name": title or arm.label, "finished": all(run.is_finished for run in arm.runs), "status": text}
 
 

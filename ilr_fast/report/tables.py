@@ -17,8 +17,8 @@ from ilr_fast.report.runs import Run
 from ilr_fast.report.texts import difference_class, difference_text, interval_text, number, points, questions_text
 
 AGAINST = {"base": "against base", "base_few_shot": "against best few-shot base", "grpo": "against GRPO"}
-FLIPS = ("first → last answer", "right → right", "wrong → right", "by a peer", "right → wrong", "by a peer",
-         "wrong → wrong", "gain, points", "dialogues")  # fmt: skip
+FLIPS = ("first → last answer", "right → right", "wrong → right", "of these by a peer", "right → wrong",
+         "of these by a peer", "wrong → wrong", "gain, points", "dialogues")  # fmt: skip
 
 
 def result_table(group: Group, *, with_arm: bool) -> Table:
@@ -28,16 +28,16 @@ def result_table(group: Group, *, with_arm: bool) -> Table:
     return Table(group_title(group), head, [_result(line, references, with_arm) for line in group.lines])
 
 
-def flip_table(title: str, tally: FlipTally) -> Table | None:
-    """What became of each agent's first answers; None where nobody spoke twice."""
+def flip_table(tallies: Sequence[tuple[str, FlipTally]]) -> Table | None:
+    """What became of each agent's first answers in each arm (its title, its tally); None where nobody spoke twice."""
     rows = []
-    for agent, c in tally.counts.items():
+    for title, agent, c in ((title, agent, c) for title, tally in tallies for agent, c in tally.counts.items()):
         n, by_peer, lost = c.total(), c["mended by a peer"], c["spoiled by a peer"]
         mended, spoiled = by_peer + c["mended alone"], lost + c["spoiled alone"]
         shares = (c["kept right"], mended, by_peer, spoiled, lost, c["kept wrong"])
         cells = [*(number(part / n, "percent") for part in shares), points((mended - spoiled) / n), f"{n:,}"]
-        rows.append([Cell(agent), *map(Cell, cells)])
-    return Table(title, FLIPS, rows) if rows else None
+        rows.append([Cell(f"{agent}, {title}" if title else agent), *map(Cell, cells)])
+    return Table("", FLIPS, rows) if rows else None
 
 
 def differing_table(arms: Sequence[Arm]) -> Table | None:
@@ -74,7 +74,7 @@ def _result(line: Line, references: Sequence[str], with_arm: bool) -> list[Cell]
         Cell(interval_text(line.ci95)),
         Cell(questions_text(line.n, line.samples, line.seeds)),
         *(Cell(difference_text(difference), "", difference_class(difference)) for difference in to),
-        Cell(number(line.tokens, "count")),
+        Cell("–" if line.tokens is None else f"{line.tokens:,.1f}"),
     ]
 
 

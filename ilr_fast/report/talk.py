@@ -62,11 +62,10 @@ def dialogue_part(content: Content) -> dict[str, Any] | None:
         "answer": ANSWERS,
         "change": CHANGES,
     }
-    tables = []
-    for arm, title in zip(content.arms, titles(content.arms), strict=True):
-        tables.append(flip_table(title, reduce(add, (survey.flips for survey in _surveys(content, arm)))))
+    flips = flip_table([(title, reduce(add, (survey.flips for survey in _surveys(content, arm))))
+                        for arm, title in zip(content.arms, titles(content.arms), strict=True)])  # fmt: skip
     return {
-        "tables": [asdict(table) for table in tables if table],
+        "flips": asdict(flips) if flips else None,
         "filters": [{"name": name, "options": list(options)} for name, options in choices.items() if options],
         "kept": _kept(content),
     }
