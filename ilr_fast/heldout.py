@@ -34,16 +34,18 @@ def _measure_base(session: Session) -> None:
 
 
 def measure_after(session: Session) -> None:
-    """The trained agents, each alone with the run's prompt (and in `evaluate.modes`)."""
-    config, method = session.config, method_of(session.config)
-    session.team.forget()
-    found = evaluate_agents(
-        session.team.seats, session.ready.splits["test"], session.grader, config=config, benchmark="test",
-        method=method, modes=config.evaluate.modes, samples=config.evaluate.samples, examples=session.ready.examples,
-        seed=config.seed, checkpoint=f"step_{config.steps:06d}", progress=session.progress,
-    )  # fmt: skip
-    record(session.folder.path, found)
-    _measure_benchmarks(session, method, f"step_{config.steps:06d}")
+    """The trained agents, each alone with the run's prompt (and in `evaluate.modes`); each mode is written as it is
+    done."""
+    config, method, checkpoint = session.config, method_of(session.config), f"step_{session.config.steps:06d}"
+    for mode in config.evaluate.modes:
+        session.team.forget()
+        found = evaluate_agents(
+            session.team.seats, session.ready.splits["test"], session.grader, config=config, benchmark="test",
+            method=method, modes=[mode], samples=config.evaluate.samples, examples=session.ready.examples,
+            seed=config.seed, checkpoint=checkpoint, progress=session.progress,
+        )  # fmt: skip
+        record(session.folder.path, found)
+    _measure_benchmarks(session, method, checkpoint)
 
 
 def _measure_benchmarks(session: Session, method: str, checkpoint: str | None) -> None:

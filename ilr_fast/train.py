@@ -15,7 +15,8 @@ the stage), so weights, optimizer and step number are all that it needs.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -264,20 +265,33 @@ def update(
     hosts, beside = session.team.hosts, meanwhile is not None
     if not beside:
         session.team.forget()  # one agent's update has the memory of all caches
-    with timer("train"):
-        finish = {
-            name: host.start_update(training_sequences(credited, name), step, beside)
-            for name, host in hosts.items() if host.trains
-        }  # fmt: skip
-    try:
-        if meanwhile is not None:
-            meanwhile()
-    finally:  # whatever happened there, no update is left in its middle
-        results = {}
-        with timer("train"), session.progress.phase("update", len(hosts)) as advance:
-            for name in hosts:
-                results[name] = finish[name]() if name in finish else StepResult({}, 0, 0)
-                if results[name].note:
-                    session.progress.warn(f"{name}: {results[name].note}")
-                advance()
+    begun: dict[str, Callable[[], StepResult]] = {}
+    results: dict[str, StepResult] = {}
+    with _none_left(begun if beside else {}):
+        with timer("train"):
+            for name, host in hosts.items():
+                if host.trains:
+                    begun[name] = host.start_update(training_sequences(credited, name), step, beside)
+        try:
+            if meanwhile is not None:
+                meanwhile()
+        finally:  # whatever happened there, no update is left in its middle
+            with timer("train"), session.progress.phase("update", len(hosts)) as advance:
+                for name in hosts:
+                    results[name] = begun.pop(name)() if name in begun else StepResult({}, 0, 0)
+                    if results[name].note:
+                        session.progress.warn(f"{name}: {results[name].note}")
+                    advance()
     return results
+
+
+@contextmanager
+def _none_left(begun: Mapping[str, Callable[[], object]]) -> Iterator[None]:
+    """Where one agent's update fails, those that run beside it come to their end before anything is closed."""
+    try:
+        yield
+    except BaseException:
+        for ended in begun.values():
+            with suppress(Exception):
+                ended()
+        raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ilr_fast.checkpoint import newest_good
 from ilr_fast.cli import main
 from ilr_fast.config_parse import load_config
 from ilr_fast.engines.embedded import EmbeddedEngine
-from ilr_fast.errors import UserError
+from ilr_fast.errors import RunError, UserError
 
 AHEAD = {"rollout__ahead": True, "loss": {"importance": "token"}}
 
@@ -91,6 +92,36 @@ def test_what_fails_meanwhile_leaves_no_update_in_its_middle(tmp_path, models, m
     tmp_path.mkdir()
     assert main(["train", str(write_config(tmp_path, models, interaction="none", **AHEAD))]) == 2
     assert len(learned) == 2
+
+
+@pytest.mark.parametrize("fails", ["begin", "end"])
+def test_where_an_update_fails_none_is_left_running(tmp_path, models, monkeypatch, fails):
+    from ilr_fast.hosts.local import LocalHost
+
+    update, start, log = Agent.update, LocalHost.start_update, []
+
+    def slow(self: Agent, *arguments: Any) -> Any:
+        if self.name == "ada" and fails == "end":
+            raise RunError("no gradient")
+        time.sleep(0.5)
+        log.append(f"{self.name} ends")
+        return update(self, *arguments)
+
+    def started(self: LocalHost, *arguments: Any) -> Any:
+        if self.name == "bob" and fails == "begin":
+            raise RunError("no thread")
+        return start(self, *arguments)
+
+    def close(self: LocalHost) -> None:
+        log.append(f"{self.name} closes")
+
+    monkeypatch.setattr(Agent, "update", slow)
+    monkeypatch.setattr(LocalHost, "start_update", started)
+    monkeypatch.setattr(LocalHost, "close", close)
+    tmp_path = tmp_path / "run"
+    tmp_path.mkdir()
+    assert main(["train", str(write_config(tmp_path, models, interaction="none", **AHEAD))]) == 1
+    assert log[0] == ("ada ends" if fails == "begin" else "bob ends") and len(log) == 3
 
 
 def test_an_interruption_meanwhile_keeps_the_update_that_is_done(tmp_path, models, monkeypatch):

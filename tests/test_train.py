@@ -9,6 +9,7 @@ import pytest
 from end_to_end import agent, read_rows, said_in, save_models, weights_of, without_timings, write_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ilr_fast import heldout
 from ilr_fast.cli import main
 from ilr_fast.config_parse import load_config
 from ilr_fast.errors import UserError
@@ -132,6 +133,22 @@ def test_three_agents_with_adapters_and_a_peer_that_only_talks(tmp_path, models)
     adapted = AutoModelForCausalLM.from_pretrained(folder / "bob")
     assert any("lora" in name for name, _ in adapted.named_parameters())
     assert {r["agent"] for r in json.loads((run / "results.json").read_text())} == {"ada", "bob", "eve"}
+
+
+def test_what_is_measured_after_training_is_written_mode_by_mode(tmp_path, models, monkeypatch):
+    evaluate = heldout.evaluate_agents
+
+    def cut_off(*arguments, **named):
+        if "debate" in named["modes"]:
+            raise KeyboardInterrupt
+        return evaluate(*arguments, **named)
+
+    monkeypatch.setattr(heldout, "evaluate_agents", cut_off)
+    after = {"base": False, "modes": ["single", "debate"]}
+    config = write_config(tmp_path, models, steps=1, interaction="none", evaluate=after)
+    assert main(["train", str(config)]) == 130
+    rows = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert {(row["agent"], row["mode"]) for row in rows} == {("ada", "single"), ("bob", "single")}
 
 
 @pytest.mark.parametrize("kl", ["k1", "k2", "k3"])

@@ -96,6 +96,21 @@ def test_what_waits_is_done_until_the_results_are_there(work: int) -> None:
     assert log == ["one begins 0", "one begins 1", *["works"] * worked, f"one {takes} 0"]
 
 
+def test_what_a_step_gives_is_not_lost_where_nothing_is_left_to_compute() -> None:
+    """vLLM waits for the step under way where the next one only tells the workers which requests have ended."""
+    steps, taken = steps_of("one", [], 2)
+    assert steps.step() == [] and steps.step() == [0]
+    core = steps.client.engine_core
+    told = SimpleNamespace(total_num_scheduled_tokens=0, pending_structured_output_tokens=False)
+    core.model_executor.execute_model = lambda *_, non_block: Computed(2, 0, [], "one")
+    core.scheduler.schedule = lambda *_: (setattr(core.scheduler, "has_requests", lambda: False), told)[1]
+    vars(core).update(
+        capture_iteration_details=lambda _: nullcontext(), _process_aborts_queue=lambda: None,
+        _attach_iteration_details=lambda *_: None, _attach_weight_version=lambda *_: None,
+    )  # fmt: skip
+    assert steps.step() == [1, 2] == taken[1:]
+
+
 def test_a_step_that_could_not_be_computed_says_why() -> None:
     steps, _ = steps_of("one", [], 3)
     core = steps.client.engine_core

@@ -8,7 +8,7 @@ own step launches one and then waits for the one before; here the host has somet
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,12 +29,12 @@ class Steps:
         """
         if self.client.engine_core.batch_queue is None:
             return list(self.client.get_output().outputs)
-        self._begin()
+        given = self._begin()
         if self._filling():
-            return []
+            return given
         while not self._ready() and meanwhile():
             pass
-        return self._take()
+        return given + self._take()
 
     def drain(self) -> list[Any]:
         """What the steps that are under way gave their requests; none is begun."""
@@ -47,17 +47,21 @@ class Steps:
         """Tokens that were sampled and that no step has given their requests yet."""
         return int(getattr(self.client.engine_core.scheduler, "held", 0))
 
-    def _begin(self) -> None:
-        """Begins a step if there is something to compute, and waits for none."""
+    def _begin(self) -> list[Any]:
+        """Begins a step if there is something to compute, and waits for none, so that it gives nothing yet.
+
+        Where nothing is left to compute but what has ended is told to the workers, vLLM waits for a step after all.
+        """
         core = self.client.engine_core
         if not core.scheduler.has_requests():
-            return
+            return []
         core.batch_queue_size += 1  # vLLM waits as soon as its queue is full
         try:
             with torch.cuda.stream(self.stream):  # None changes nothing
-                core.step_with_batch_queue()
+                outputs, _ = core.step_with_batch_queue()
         finally:
             core.batch_queue_size -= 1
+        return _of_all_clients(outputs or {})
 
     def _filling(self) -> bool:
         """Whether nothing is taken yet, because a second step can be begun."""
@@ -78,5 +82,8 @@ class Steps:
             results = future.result()
             if results is None:
                 begun.result()  # raises what kept the step from being sampled
-            outputs = core.scheduler.update_from_output(scheduled, results)
-        return [output for client in outputs.values() for output in client.outputs]
+            return _of_all_clients(core.scheduler.update_from_output(scheduled, results))
+
+
+def _of_all_clients(outputs: Mapping[int, Any]) -> list[Any]:
+    return [output for client in outputs.values() for output in client.outputs]
