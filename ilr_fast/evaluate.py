@@ -101,7 +101,7 @@ def evaluate_agents(
     facts = {"benchmark": benchmark, "samples": samples, "seed": seed, "temperature": heat, "examples": example_count}
     methods = method if isinstance(method, Mapping) else dict.fromkeys(seats, method)
     checkpoints = checkpoint if isinstance(checkpoint, Mapping) else dict.fromkeys(seats, checkpoint)
-    named = ", ".join(dict.fromkeys(methods.values()))
+    named = f"base, {example_count} examples," if example_count else ", ".join(dict.fromkeys(methods.values()))
     found = Evaluation([], {})
     for mode in modes:
         teams = [{name: seat} for name, seat in seats.items()] if mode == "single" else [seats]
