@@ -146,11 +146,25 @@ def _residencies(
 def _start(config: Config, logs: Path, stack: ExitStack) -> dict[str, ProcessHost]:
     """Starts the processes of those agents that have one; they load when they are opened."""
     from ilr_fast.hosts.process import ProcessHost
+    from ilr_fast.hosts.sharing import served
 
     crew: list[Link] = []
     hosts = {}
+    environment = stack.enter_context(served(config.mps == "auto" and _share_a_gpu(config)))
     for name, agent in config.agents.items():
         if agent.host == "process":
-            hosts[name] = ProcessHost(name, config, logs, crew)
+            hosts[name] = ProcessHost(name, config, logs, crew, environment)
             stack.callback(hosts[name].close)
     return hosts
+
+
+def _share_a_gpu(config: Config) -> bool:
+    """Whether the processes of several agents compute on one GPU at a time."""
+    from ilr_fast.loading import device_of
+
+    def there(name: str) -> bool:
+        agent = config.agents[name]
+        apart = agent.host == "process" and agent.engine.rests != "turns"
+        return apart and device_of(agent, f"agents.{name}").type == "cuda"
+
+    return any(sum(map(there, names)) > 1 for names in by_device(config).values())

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from queue import SimpleQueue
@@ -35,7 +36,15 @@ _LAST_SECONDS = 5.0  # a worker that has hung up may take so long to end
 class Link:
     """Starts `python -m module PARENT_PID` and joins `crew`. Safe to use from several threads."""
 
-    def __init__(self, name: str, module: str, log: Path, crew: list[Link], hang_limit: float | None = None):
+    def __init__(
+        self,
+        name: str,
+        module: str,
+        log: Path,
+        crew: list[Link],
+        hang_limit: float | None = None,
+        environment: Mapping[str, str] | None = None,
+    ):
         self.name, self._crew = name, crew
         self._pending: dict[int, Future[Any]] = {}
         self._ids = itertools.count(1)
@@ -46,7 +55,7 @@ class Link:
         self._closed = False
         self._hang_limit, self._moves, self._at = hang_limit, 0, "its start"
         self._moved = time.monotonic()  # when something was asked or answered, or progress was last seen
-        self._process = _spawn(module)
+        self._process = _spawn(module, environment or {})
         self._log = WorkerLog(self._process.stderr, log)  # type: ignore[arg-type]
         crew.append(self)
         for part in (self._listen, self._speak, *([self._watch] if hang_limit is not None else [])):
@@ -158,7 +167,7 @@ class Link:
         return HostLost(f"{self.name}: its process {_ended(status, self._words)}\n  → {log}")
 
 
-def _spawn(module: str) -> subprocess.Popen[bytes]:
+def _spawn(module: str, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     """A fresh interpreter in a session of its own: a Ctrl-C in the terminal reaches this process alone.
 
     The kernel ends the worker with the thread that called this (worker.py), so that thread must last.
@@ -167,7 +176,7 @@ def _spawn(module: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-m", module, str(os.getpid())],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
+        env=os.environ | environment | {"PYTHONPATH": os.pathsep.join(path)},
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, wait
 from pathlib import Path
 from typing import Any
@@ -32,15 +32,17 @@ from ilr_fast.types import Generation, Residence, Sampling, StepResult, Training
 class ProcessHost:
     """A `Host` (hosts/__init__.py) whose process starts; `open` and `wait_until_ready` must follow.
 
-    Its log is `logs`/NAME.log.
+    Its log is `logs`/NAME.log; `environment` is added to this process's.
     """
 
     max_context: int
 
-    def __init__(self, name: str, config: Config, logs: Path, crew: list[Link]):
+    def __init__(
+        self, name: str, config: Config, logs: Path, crew: list[Link], environment: Mapping[str, str] | None = None
+    ):
         self.name, self.trains, self._config = name, config.agents[name].train != "none", config
         self._lockstep = config.deterministic
-        self._link = Link(name, "ilr_fast.hosts.worker", logs / f"{name}.log", crew, config.hang_limit)
+        self._link = Link(name, "ilr_fast.hosts.worker", logs / f"{name}.log", crew, config.hang_limit, environment)
         self._outgoing: list[list[Any]] = []
         self._keys = itertools.count()
         self._waiting: dict[int, asyncio.Future[Any]] = {}  # in lockstep: those that a step may answer

@@ -1,0 +1,137 @@
+"""Processes that share a GPU: who gets the service, what it is told, and that it ends with the run, by a kill too."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from end_to_end import agent, save_models, write_config
+
+from ilr_fast import loading, team
+from ilr_fast.config_parse import load_config
+from ilr_fast.hosts import sharing
+from ilr_fast.hosts.sharing import DAEMON, LOGS, PIPES, served
+
+# Listens until it is told to quit; both of its ways to be called, as NVIDIA's.
+FAKE = """#!/bin/sh
+if [ "$1" = -f ]; then
+  echo $$ > "{notes}/pid"; echo "$CUDA_VISIBLE_DEVICES" > "{notes}/seen"; touch "$CUDA_MPS_PIPE_DIRECTORY/control"
+  while [ ! -e "{notes}/quit" ]; do sleep 0.02; done
+else
+  cat > "{notes}/quit"
+fi
+"""
+
+
+@pytest.fixture
+def notes(tmp_path, monkeypatch) -> Path:
+    """A machine with a daemon that leaves notes here."""
+    program = tmp_path / "bin" / DAEMON
+    program.parent.mkdir()
+    program.write_text(FAKE.format(notes=tmp_path))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.delenv(PIPES, raising=False)
+    monkeypatch.setattr(sharing, "_OWN_PIPES", tmp_path / "nobody listens")
+    return tmp_path
+
+
+def gone(notes: Path, patience: float = 10.0) -> bool:
+    """Whether the daemon has ended, or does soon."""
+    pid, end = int((notes / "pid").read_text()), time.monotonic() + patience
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    return not Path(f"/proc/{pid}").exists()
+
+
+def test_the_service_lasts_as_long_as_it_is_used(notes, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    with served(True) as environment:
+        assert environment[PIPES] == environment[LOGS] and Path(environment[PIPES], "control").exists()
+        assert (notes / "seen").read_text() == "3,1\n" and environment["CUDA_VISIBLE_DEVICES"] == "0,1"
+        assert not (notes / "quit").exists() and not gone(notes, 0)
+    assert (notes / "quit").read_text() == "quit -t 3\n" and gone(notes) and not Path(environment[PIPES]).exists()
+
+
+@pytest.mark.parametrize("seen", ["", "GPU-5ca1ab1e"])
+def test_devices_that_have_names_keep_them(notes, monkeypatch, seen):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+    with served(True) as environment:
+        assert set(environment) == {PIPES, LOGS}
+
+
+def test_no_service_where_none_is_needed_or_one_is_there(notes, monkeypatch):
+    with served(False) as environment:
+        assert environment == {}
+    with monkeypatch.context() as patched, served(True) as own:
+        patched.setenv(PIPES, own[PIPES])  # the user's own daemon
+        with served(True) as environment:
+            assert environment == {}
+    monkeypatch.setattr(sharing, "_OWN_PIPES", notes / "pid")
+    with served(True) as environment:
+        assert environment == {}
+    monkeypatch.setattr(sharing, "_OWN_PIPES", notes / "nobody listens")
+    monkeypatch.setenv("PATH", "/nowhere")
+    with served(True) as environment:
+        assert environment == {}
+
+
+def test_a_daemon_that_does_not_start_is_said(notes):
+    (notes / "bin" / DAEMON).write_text("#!/bin/sh\necho no device for you\nexit 1\n")
+    with pytest.warns(UserWarning, match="take turns on the GPU: no device for you"), served(True) as environment:
+        assert environment == {}
+
+
+def test_the_daemon_ends_with_a_command_that_is_killed(notes):
+    script = f"""
+from ilr_fast.hosts import sharing; import pathlib, time
+sharing._OWN_PIPES = pathlib.Path({str(notes / "nobody listens")!r})
+with sharing.served(True): print("open", flush=True); time.sleep(60)
+"""
+    command = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert command.stdout.readline() == "open\n" and not gone(notes, 0)
+    command.send_signal(signal.SIGKILL)
+    command.wait()
+    command.stdout.close()
+    assert gone(notes)
+
+
+def test_workers_are_its_clients(notes, tmp_path, monkeypatch):
+    models = save_models(tmp_path / "models")
+    agents = {name: agent(models, name, host="process", engine={"slots": 2}) for name in ("ada", "bob")}
+    config = load_config(str(write_config(tmp_path, models, agents=agents)))
+    monkeypatch.setattr(team, "_share_a_gpu", lambda config: True)
+    with team.open_team(config, team.prepare_chats(config), logs=tmp_path) as opened:
+        pids = [host.pid for host in opened.hosts.values()]
+        for pid in pids:
+            assert f"{PIPES}=".encode() in Path(f"/proc/{pid}/environ").read_bytes()
+        assert not gone(notes, 0)
+    assert gone(notes)
+    with team.open_team(replace(config, mps="never"), team.prepare_chats(config), logs=tmp_path) as opened:
+        for host in opened.hosts.values():
+            assert f"{PIPES}=".encode() not in Path(f"/proc/{host.pid}/environ").read_bytes()
+
+
+def test_who_shares(tmp_path, monkeypatch):
+    models = save_models(tmp_path / "models")
+
+    def shares(kind: str, *hosts: str, device: str = "cuda", sleep: str = "never") -> bool:
+        monkeypatch.setattr(loading, "device_of", lambda agent, where: torch.device(kind))
+        given = {
+            f"a{n}": agent(models, "ada", host=host, device=device if n else "cuda", engine={"sleep": sleep})
+            for n, host in enumerate(hosts)
+        }
+        return team._share_a_gpu(load_config(str(write_config(tmp_path, models, agents=given))))
+
+    assert shares("cuda", "process", "process") and shares("cuda", "local", "process", "process")
+    assert shares("cuda", "process", "process", sleep="cache")
+    assert not shares("cuda", "process", "local") and not shares("cpu", "process", "process")
+    assert not shares("cuda", "process", "process", device="cuda:1")
+    assert not shares("cuda", "process", "process", sleep="turns")
