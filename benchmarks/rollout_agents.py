@@ -1,11 +1,12 @@
 """Two agents of different families on one GPU: both at the same time, and one after the other.
 
-    ilr-fast bench rollout_agents      # one NVIDIA GPU with vLLM; two minutes for 3 rounds
+    ilr-fast bench rollout_agents      # one NVIDIA GPU with vLLM; three minutes for 3 rounds
 
 Models with random weights, of Qwen2's 1.5B and Llama 3.2's 1B shape, and 256 dialogues each as in `bench rollout`, all
-in flight, then 128 each: with both engines in one process, driven by one event loop, the second one on a CUDA stream of
-its own; and 256 with a process for each agent, as under `host: process`, which then share the GPU's time (without MPS,
-so that kernels of both never run at once, but each runs while the other's host is busy).
+in flight: with a process for each agent, as under `host: process`, clients of one MPS server where one can be
+started (ilr_fast/hosts/sharing.py; else they take turns on the GPU); and with both engines in one process, driven by
+one event loop, the second one on a CUDA stream of its own. Every round times each agent alone, then both; the processes
+are held against the faster way of one after the other. At last 128 dialogues each in one process.
 
     python -m ilr_benchmarks.rollout_agents '{"family": "qwen", "slots": 256, …}'    # a process: runs for every line
 """
@@ -13,19 +14,25 @@ so that kernels of both never run at once, but each runs while the other's host 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
+import numpy as np
 from ilr_benchmarks.common import row
 from ilr_benchmarks.rollout_engine import error_of, options, ratio, speed, started, timed
 from ilr_benchmarks.rollout_load import TURNS, Load, talk
 
 from ilr_fast.errors import UserError
+from ilr_fast.hosts.sharing import served
 
 TARGET = 1.1
+Row = dict[str, Any]
+Times = tuple[list[float], list[float]]
 FAMILIES = ("qwen", "llama")
 
 
@@ -40,6 +47,7 @@ def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> Iterator[d
     except UserError as error:
         yield row("both at the same time", shape, [], status=str(error).splitlines()[0])
         return
+    apart, way = yield from _apart(slots, rounds, quick, device)
     work, fewer, errors = [], [], []
     for family in FAMILIES:
         engine, model = started({}, family, options(slots, quick), quick, device)
@@ -49,23 +57,29 @@ def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> Iterator[d
     for engine, load in work:
         asyncio.run(talk(engine, load.cut(slots, 8)))
     tokens = [load.generated for _, load in work]
-    yield from _rows("one process", shape, rounds, tokens, *_one_process(work))
-    half = [load.generated for _, load in fewer]
+    after, _ = yield from _rows("one process", shape, rounds, tokens, *_one_process(work))
+    faster = min(after, apart[0], key=np.median)
+    yield from ratio(f"both, {way}, beside the faster way of one after the other", shape, faster, apart[1], TARGET)
     for family, error in zip(FAMILIES, errors, strict=True):
         yield row(f"{family} beside the other engine", shape, [], error=error(), status="right")
-    yield from _rows("one process", _shape(slots // 2, quick), rounds, half, *_one_process(fewer))
     if only_ours:
         return
+    half = [load.generated for _, load in fewer]
+    yield from _rows("one process", _shape(slots // 2, quick), rounds, half, *_one_process(fewer))
+
+
+def _apart(slots: int, rounds: int, quick: bool, device: str) -> Generator[Row, None, tuple[Times, str]]:
+    """Rows of a process each; the seconds of one after the other and of both, and how the GPU was shared."""
     given = dict(slots=slots, quick=quick, device=device)
-    processes = [_process({"family": family, **given}) for family in FAMILIES]
-    try:
+    with served(device == "cuda") as environment, contextlib.ExitStack() as stack:
+        way = "a process each" + (", MPS" if environment else "")
+        processes = [_process({"family": family, **given}, environment) for family in FAMILIES]
         for process in processes:
-            _answer(process)  # both have warmed up
-        yield from _rows("a process each", shape, rounds, tokens, *_two_processes(processes))
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+        tokens = [json.loads(_answer(process)) for process in processes]  # they have warmed up
+        times = yield from _rows(way, _shape(slots, quick), rounds, tokens, *_two_processes(processes))
+    return times, way
 
 
 def _shape(dialogues: int, quick: bool) -> str:
@@ -74,8 +88,8 @@ def _shape(dialogues: int, quick: bool) -> str:
 
 def _rows(
     how: str, shape: str, rounds: int, tokens: list[int], alone: list[Callable[[], float]], both: Callable[[], float]
-) -> Iterator[dict[str, Any]]:
-    """Every round times each agent alone, then both."""
+) -> Generator[Row, None, Times]:
+    """Every round times each agent alone, then both; the seconds of one after the other, and of both."""
     times: list[list[float]] = [[one() for one in (*alone, both)] for _ in range(rounds)]
     columns = [list(column) for column in zip(*times, strict=True)]
     for family, seconds, generated in zip(FAMILIES, columns, tokens, strict=False):
@@ -84,6 +98,7 @@ def _rows(
     yield row(f"one after the other, {how}", shape, after, **speed(after, sum(tokens)))
     yield row(f"both at the same time, {how}", shape, columns[-1], **speed(columns[-1], sum(tokens)))
     yield from ratio(f"both beside one after the other, {how}", shape, after, columns[-1], TARGET)
+    return after, columns[-1]
 
 
 def _one_process(work: list[tuple[Any, Load]]) -> tuple[list[Callable[[], float]], Callable[[], float]]:
@@ -112,9 +127,11 @@ def _load(model: Any, slots: int, quick: bool) -> Load:
     return Load.drawn(model.config.vocab_size, slots, slots, 12 if quick else 512)
 
 
-def _process(given: dict[str, Any]) -> Any:
+def _process(given: dict[str, Any], environment: dict[str, str]) -> Any:
     command = [sys.executable, "-m", "ilr_benchmarks.rollout_agents", json.dumps(given)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | environment
+    )
 
 
 def _answer(process: Any) -> str:
@@ -126,12 +143,12 @@ def _answer(process: Any) -> str:
 
 
 def _main(given: dict[str, Any]) -> None:
-    """A process of one agent: says that it is ready, then runs its dialogues for every line that it reads."""
+    """A process of one agent: tells its dialogues' tokens when it is ready, and runs them for every line it reads."""
     settings = options(given["slots"], given["quick"])
     engine, model = started({}, given["family"], settings, given["quick"], given["device"])
     load = _load(model, given["slots"], given["quick"])
     asyncio.run(talk(engine, load.cut(given["slots"], 8)))
-    print("answer ready", flush=True)
+    print(f"answer {load.generated}", flush=True)
     for _ in sys.stdin:
         print(f"answer {timed(lambda: asyncio.run(talk(engine, load)), engine)}", flush=True)
 

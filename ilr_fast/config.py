@@ -204,8 +204,8 @@ class Config:
         900, "Seconds without progress after which an agent's process counts as hung and is ended; null: never.", low=3
     )
     mps: Literal["auto", "never"] = key(
-        "auto", "Agents' processes on one GPU compute at the same time, by an MPS server of the run's own where one can be "
-        "started (docs/hosts.md); never: they take turns."
+        "auto", "Agents' processes on one GPU compute at the same time, as clients of an MPS server of the run's "
+        "own where it can start one (docs/hosts.md); never: they take turns."
     )
     protocol: str = key("idea3", "Who speaks when: idea3, debate, single, or `module:Class`.")
     interaction: Literal["dynamic", "cooperation", "competition", "ratio", "none"] = key(

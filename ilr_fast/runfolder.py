@@ -30,8 +30,8 @@ from ilr_fast.errors import UserError
 from ilr_fast.types import Credited
 
 MAY_DIFFER = (
-    "run", "steps", "method", "threads", "hang_limit", "mps", "max_failed_share", "memory_check", "checkpoint.*", "log.*",
-    "evaluate.*", "reward.workers", "agents.*.device", "agents.*.host", "agents.*.engine.slots",
+    "run", "steps", "method", "threads", "hang_limit", "mps", "max_failed_share", "memory_check", "checkpoint.*",
+    "log.*", "evaluate.*", "reward.workers", "agents.*.device", "agents.*.host", "agents.*.engine.slots",
     "agents.*.micro_batch_tokens", "agents.*.gradient_checkpointing", "agents.*.fused_layers", "agents.*.logits_mib",
     "agents.*.optimizer.offload", "agents.*.engine.cache_gib", "agents.*.engine.sleep",
 )  # fmt: skip

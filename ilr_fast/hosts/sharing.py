@@ -34,8 +34,8 @@ _STARTS, _ENDS = 10.0, 3.0  # seconds that the daemon may take
 def served(shared: bool) -> Iterator[dict[str, str]]:
     """What to add to the environment of processes that share a GPU, for as long as this is open.
 
-    Empty where nothing is `shared`, where the daemon is not installed, and where one listens already: clients find it by
-    themselves. A daemon that does not start costs a warning.
+    Empty where nothing is `shared`, where the daemon is not installed, and where one listens already: clients find it
+    by themselves. A daemon that does not start costs a warning.
     """
     daemon = shutil.which(DAEMON) if shared and not _listens(os.environ) else None
     if daemon is None:
