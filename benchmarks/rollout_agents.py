@@ -54,8 +54,6 @@ def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> Iterator[d
         work.append((engine, _load(model, slots, quick)))
         fewer.append((engine, _load(model, slots // 2, quick)))
         errors.append(lambda engine=engine, model=model: error_of(engine, model))
-    for engine, load in work:
-        asyncio.run(talk(engine, load.cut(slots, 8)))
     tokens = [load.generated for _, load in work]
     after, _ = yield from _rows("one process", shape, rounds, tokens, *_one_process(work))
     faster = min(after, apart[0], key=np.median)
@@ -70,15 +68,17 @@ def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> Iterator[d
 
 def _apart(slots: int, rounds: int, quick: bool, device: str) -> Generator[Row, None, tuple[Times, str]]:
     """Rows of a process each; the seconds of one after the other and of both, and how the GPU was shared."""
-    given = dict(slots=slots, quick=quick, device=device)
+    shape, given = _shape(slots, quick), dict(slots=slots, quick=quick, device=device)
     with served(device == "cuda") as environment, contextlib.ExitStack() as stack:
         way = "a process each" + (", MPS" if environment else "")
         processes = [_process({"family": family, **given}, environment) for family in FAMILIES]
         for process in processes:
             stack.callback(process.wait)
             stack.callback(process.kill)
-        tokens = [json.loads(_answer(process)) for process in processes]  # they have warmed up
-        times = yield from _rows(way, _shape(slots, quick), rounds, tokens, *_two_processes(processes))
+        told = [json.loads(_answer(process)) for process in processes]  # they have warmed up
+        times = yield from _rows(way, shape, rounds, [one["tokens"] for one in told], *_two_processes(processes))
+        for family, one in zip(FAMILIES, told, strict=True):
+            yield row(f"{family}, {way}", shape, [], error=one["error"], status="right")
     return times, way
 
 
@@ -90,6 +90,7 @@ def _rows(
     how: str, shape: str, rounds: int, tokens: list[int], alone: list[Callable[[], float]], both: Callable[[], float]
 ) -> Generator[Row, None, Times]:
     """Every round times each agent alone, then both; the seconds of one after the other, and of both."""
+    both()  # whatever is loaded or compiled first
     times: list[list[float]] = [[one() for one in (*alone, both)] for _ in range(rounds)]
     columns = [list(column) for column in zip(*times, strict=True)]
     for family, seconds, generated in zip(FAMILIES, columns, tokens, strict=False):
@@ -143,12 +144,12 @@ def _answer(process: Any) -> str:
 
 
 def _main(given: dict[str, Any]) -> None:
-    """A process of one agent: tells its dialogues' tokens when it is ready, and runs them for every line it reads."""
+    """A process of one agent: tells its dialogues' tokens and its error, and runs them for every line that it reads."""
     settings = options(given["slots"], given["quick"])
     engine, model = started({}, given["family"], settings, given["quick"], given["device"])
     load = _load(model, given["slots"], given["quick"])
-    asyncio.run(talk(engine, load.cut(given["slots"], 8)))
-    print(f"answer {load.generated}", flush=True)
+    told = dict(tokens=load.generated, error=error_of(engine, model))
+    print(f"answer {json.dumps(told)}", flush=True)
     for _ in sys.stdin:
         print(f"answer {timed(lambda: asyncio.run(talk(engine, load)), engine)}", flush=True)
 
