@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -108,15 +109,14 @@ def test_workers_are_its_clients(notes, tmp_path, monkeypatch):
     agents = {name: agent(models, name, host="process", engine={"slots": 2}) for name in ("ada", "bob")}
     config = load_config(str(write_config(tmp_path, models, agents=agents)))
     monkeypatch.setattr(team, "_share_a_gpu", lambda config: True)
-    with team.open_team(config, team.prepare_chats(config), logs=tmp_path) as opened:
-        pids = [host.pid for host in opened.hosts.values()]
-        for pid in pids:
-            assert f"{PIPES}=".encode() in Path(f"/proc/{pid}/environ").read_bytes()
-        assert not gone(notes, 0)
-    assert gone(notes)
-    with team.open_team(replace(config, mps="never"), team.prepare_chats(config), logs=tmp_path) as opened:
-        for host in opened.hosts.values():
-            assert f"{PIPES}=".encode() not in Path(f"/proc/{host.pid}/environ").read_bytes()
+
+    def clients(mps: str) -> list[bool]:
+        with ExitStack() as stack:
+            hosts = team._start(replace(config, mps=mps), tmp_path, stack).values()
+            return [f"{PIPES}=".encode() in Path(f"/proc/{host.pid}/environ").read_bytes() for host in hosts]
+
+    assert clients("never") == [False, False] and not (notes / "pid").exists()
+    assert clients("auto") == [True, True] and gone(notes, 0)
 
 
 def test_who_shares(tmp_path, monkeypatch):
