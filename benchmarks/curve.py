@@ -3,6 +3,7 @@
     ilr-fast bench curve --rounds 3                 # one NVIDIA GPU with vLLM and TRL, three seeds; four minutes a seed
     python -m ilr_benchmarks.curve 2,3 --out DIR    # seeds side by side, added to DIR/curve.json: curves without times
     python -m ilr_benchmarks.curve 1 --alone …      # one after the other, with times: some seeds of what `bench` runs
+    python -m ilr_benchmarks.curve 1,2 loss.aggregation=grpo --only ilr-fast …      # ours with other keys
 
 SmolLM2-135M-Instruct learns sums a + b of 1 to 50 from the bare prompt `Question: What is 12 + 7?\\nAnswer:`; an answer
 ends with its line, is right where its one number (the last one of an equation) is the sum, and earns 1 or 0. Both take
@@ -13,7 +14,8 @@ for the curve (greedy) and 100 more for the test; the rest are trained on in bot
 
 Each run is a process of its own, ours before TRL's, and writes as it goes (into TMPDIR while it runs): a row is there
 even where the process was ended. `seconds` are those of training: without start, evaluation and checkpoints, the first
-steps' compilation included. A row's `curve` lists [step, samples, seconds, accuracy].
+steps' compilation included. A row's `curve` lists [step, samples, seconds, accuracy], `sampled` the share right
+while training (ours of each step, TRL's the mean of five).
 """
 
 from __future__ import annotations
@@ -57,8 +59,13 @@ def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> Iterator[d
     yield from compared(found)
 
 
-def one_run(side: str, seed: int, *, quick: bool, device: str, beside: bool = False) -> dict[str, Any]:
-    """Trains in a process of its own; a row, whatever became of it. `beside`: with others, so its times don't count."""
+def one_run(
+    side: str, seed: int, *, quick: bool, device: str, beside: bool = False, keys: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Trains in a process of its own; a row, whatever became of it. `beside`: with others, so its times don't count.
+
+    `keys` are more of our config's.
+    """
     steps, every = (2, 1) if quick else (STEPS, EVERY)
     shape = f"SmolLM2-135M-Instruct, {QUESTIONS} × {SAMPLES} samples a step, lr {RATE:g}, seed {seed}"
     if side == THEIRS and not find_spec("trl"):
@@ -67,19 +74,25 @@ def one_run(side: str, seed: int, *, quick: bool, device: str, beside: bool = Fa
     write_problems(folder, seed)
     command = ours(folder, seed, steps, every, quick) if side == OURS else theirs(folder, seed, steps, every, device)
     if beside:
-        command += ["memory_check=warn"] if side == OURS else ["--memory=0.15"]
+        command += ["memory_check=warn"] if side == OURS else ["--memory=0.12"]
+    if side == OURS:
+        command += keys
     began, start = time.time(), time.perf_counter()
     with open(folder / "log", "w") as log:
         status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment(side, seed)).returncode
     wall = time.perf_counter() - start
-    curve, seconds = our_curve(folder / "run", quick) if side == OURS else their_curve(folder / "trl.jsonl")
+    if side == OURS:
+        (curve, seconds), sampled = our_curve(folder / "run", quick), our_samples(folder / "run")
+    else:
+        (curve, seconds), sampled = their_curve(folder / "trl.jsonl"), their_samples(folder / "trl.jsonl")
     if status:
         print((folder / "log").read_text()[-2000:])
     else:
         shutil.rmtree(folder)
     return row(
         side, shape, seconds, status="timed" if not status else f"ended with {status}", seed=seed, curve=curve,
-        beside_others=beside, began=began, wall_seconds=wall, train_seconds=sum(seconds), **reached(curve),
+        sampled=sampled, keys=list(keys) if side == OURS else [], beside_others=beside, began=began, wall_seconds=wall,
+        train_seconds=sum(seconds), **reached(curve),
     )  # fmt: skip
 
 
@@ -163,6 +176,17 @@ def their_curve(file: Path) -> tuple[list[Point], list[float]]:
     return curve, [at["step_seconds"] for at in lines if "step_seconds" in at]
 
 
+def our_samples(run_folder: Path) -> list[float]:
+    """The share of right samples of each step."""
+    return [float(at["agents"]["smollm2"]["accuracy"]["single"]) for at in read_metrics(run_folder)]
+
+
+def their_samples(file: Path) -> list[float]:
+    """The same of every few steps, as TRL logs it."""
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return [at["reward"] for at in lines if "reward" in at]
+
+
 def reached(curve: Sequence[Point]) -> dict[str, float | None]:
     """Training seconds and steps until the curve is first at each goal; None where it never is."""
     told: dict[str, float | None] = {}
@@ -204,16 +228,18 @@ def _at(found: Mapping[str, Any], step: float) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Learning curves of several seeds, side by side on one GPU")
     parser.add_argument("seeds", help="separated by commas")
+    parser.add_argument("keys", nargs="*", help="more keys of our config: key=value")
     parser.add_argument("--out", type=Path, required=True, help="folder of curve.json, whose other rows stay")
     parser.add_argument("--only", choices=(OURS, THEIRS))
     parser.add_argument("--alone", action="store_true", help="one run at a time, nothing else on the card: times count")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     file, seeds = options.out / "curve.json", [int(seed) for seed in options.seeds.split(",")]
     runs = [(side, seed) for seed in seeds for side in ((options.only,) if options.only else (OURS, THEIRS))]
     before = json.loads(file.read_text())["rows"] if file.exists() else []
     found = [r for r in before if r["status"] != "compared" and (r["variant"], r["seed"]) not in runs]
     with ThreadPoolExecutor(1 if options.alone else len(runs)) as threads:
-        futures = [threads.submit(one_run, *run, quick=False, device="cuda", beside=not options.alone) for run in runs]
+        how = {"quick": False, "device": "cuda", "beside": not options.alone, "keys": options.keys}
+        futures = [threads.submit(one_run, *run, **how) for run in runs]
         for done in as_completed(futures):
             found.append(done.result())
             write_results("curve", [*found, *compared(found)], "ilr-fast bench curve", options.out)

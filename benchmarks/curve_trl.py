@@ -48,6 +48,10 @@ class Curve(TrainerCallback):
         if state.global_step % self.every == 0:
             self.evaluate(state.global_step)
 
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
+        if "reward" in (logs or {}):
+            self.write({"step": state.global_step, "reward": float(logs["reward"])})
+
     @torch.no_grad()
     def evaluate(self, step: int) -> None:
         """Greedy accuracy on the held-out problems."""
