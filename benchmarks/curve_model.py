@@ -72,9 +72,13 @@ class Llama:
         own = {}
         for file in folder.glob("*.safetensors"):
             own |= load_file(file)
-        own = {name.removeprefix("model."): tensor.float() for name, tensor in own.items() if "lm_head" not in name}
+        own = {
+            name.removeprefix("model."): tensor.to(device).float()
+            for name, tensor in own.items()
+            if "lm_head" not in name
+        }
         self.masters = {
-            name: torch.stack([self._start(name, own[name], seed, i) for seed in seeds]).to(device).requires_grad_()
+            name: torch.stack([self._start(name, own[name], seed, i) for seed in seeds]).requires_grad_()
             for i, name in enumerate(sorted(own))
         }
         self.used = {name: self._as_used(name, master) for name, master in self.masters.items()}
