@@ -15,7 +15,7 @@ for the curve (greedy) and 100 more for the test; the rest are trained on in bot
 Each run is a process of its own, ours before TRL's, and writes as it goes (into TMPDIR while it runs): a row is there
 even where the process was ended. `seconds` are those of training: without start, evaluation and checkpoints, the first
 steps' compilation included. A row's `curve` lists [step, samples, seconds, accuracy], `sampled` the share right
-while training (ours of each step, TRL's the mean of five).
+while training and `tokens` the mean length of an answer (ours of each step, TRL's the mean of five).
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def one_run(
     write_problems(folder, seed)
     command = ours(folder, seed, steps, every, quick) if side == OURS else theirs(folder, seed, steps, every, device)
     if beside:
-        command += ["memory_check=warn"] if side == OURS else ["--memory=0.12"]
+        command += ["memory_check=warn"] if side == OURS else ["--memory=0.2"]
     if side == OURS:
         command += keys
     began, start = time.time(), time.perf_counter()
@@ -82,16 +82,16 @@ def one_run(
         status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment(side, seed)).returncode
     wall = time.perf_counter() - start
     if side == OURS:
-        (curve, seconds), sampled = our_curve(folder / "run", quick), our_samples(folder / "run")
+        (curve, seconds), answers = our_curve(folder / "run", quick), our_answers(folder / "run")
     else:
-        (curve, seconds), sampled = their_curve(folder / "trl.jsonl"), their_samples(folder / "trl.jsonl")
+        (curve, seconds), answers = their_curve(folder / "trl.jsonl"), their_answers(folder / "trl.jsonl")
     if status:
         print((folder / "log").read_text()[-2000:])
     else:
         shutil.rmtree(folder)
     return row(
         side, shape, seconds, status="timed" if not status else f"ended with {status}", seed=seed, curve=curve,
-        sampled=sampled, keys=list(keys) if side == OURS else [], beside_others=beside, began=began, wall_seconds=wall,
+        **answers, keys=list(keys) if side == OURS else [], beside_others=beside, began=began, wall_seconds=wall,
         train_seconds=sum(seconds), **reached(curve),
     )  # fmt: skip
 
@@ -176,15 +176,19 @@ def their_curve(file: Path) -> tuple[list[Point], list[float]]:
     return curve, [at["step_seconds"] for at in lines if "step_seconds" in at]
 
 
-def our_samples(run_folder: Path) -> list[float]:
-    """The share of right samples of each step."""
-    return [float(at["agents"]["smollm2"]["accuracy"]["single"]) for at in read_metrics(run_folder)]
+def our_answers(run_folder: Path) -> dict[str, list[float]]:
+    """`sampled` and `tokens` of each step."""
+    rows = read_metrics(run_folder)
+    counts = [at["tokens"]["trained"] + at["tokens"]["dropped"] for at in rows]
+    return {"sampled": [float(at["agents"]["smollm2"]["accuracy"]["single"]) for at in rows],
+            "tokens": [count / QUESTIONS / SAMPLES for count in counts]}  # fmt: skip
 
 
-def their_samples(file: Path) -> list[float]:
+def their_answers(file: Path) -> dict[str, list[float]]:
     """The same of every few steps, as TRL logs it."""
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    return [at["reward"] for at in lines if "reward" in at]
+    logs = [at for at in lines if "reward" in at]
+    return {"sampled": [at["reward"] for at in logs], "tokens": [at["tokens"] for at in logs]}
 
 
 def reached(curve: Sequence[Point]) -> dict[str, float | None]:

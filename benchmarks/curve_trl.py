@@ -50,7 +50,8 @@ class Curve(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
         if "reward" in (logs or {}):
-            self.write({"step": state.global_step, "reward": float(logs["reward"])})
+            told = {"reward": float(logs["reward"]), "tokens": float(logs["completions/mean_length"])}
+            self.write({"step": state.global_step, **told})
 
     @torch.no_grad()
     def evaluate(self, step: int) -> None:

@@ -237,6 +237,18 @@ def test_stops(llama: Any) -> None:
     assert text in tokenizer.decode(list(ended.tokens), skip_special_tokens=True)
 
 
+def test_a_token_that_holds_a_stop_string_is_the_last_that_is_sampled(llama: Any) -> None:
+    _, engine = llama
+    tokenizer = tiny_tokenizer()
+    free = run(engine, [[4, 5]], [Sampling(20, seed=3)])[0]
+    texts = [tokenizer.decode([token], skip_special_tokens=True) for token in free.tokens]
+    place = next(n for n in range(3, 15) if texts[n] and not any(texts[n] in text for text in texts[:n]))
+    before = engine.stats().tokens_generated
+    ended = run(engine, [[4, 5]], [Sampling(20, seed=3, stop=(texts[place],))])[0]
+    assert ended.finish == "stop" and ended.tokens == free.tokens[: place + 1]
+    assert engine.stats().tokens_generated - before == place + 1
+
+
 def test_stop_tokens_are_kept_and_contexts_end() -> None:
     model = small_model("llama")
     free = run(engine_for(model, stop_tokens=[], max_context=40), [[4, 5], [3] * 35], [Sampling(50, seed=8)] * 2)

@@ -2,13 +2,13 @@
 
 A stop string can only be completed by a token whose own text holds the string's last character (or half a character,
 which decodes to U+FFFD). Only then is the end of the generation decoded, and only if that shows a stop string the whole
-of it.
+of it. Tokens that hold a whole stop string can be told to an engine beforehand (`whole`), as a line's end can.
 """
 
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 HALF = "\N{REPLACEMENT CHARACTER}"
 
@@ -25,6 +25,7 @@ class StopStrings:
     def __init__(self, tokenizer: Decoder):
         self._tokenizer = tokenizer
         self._pieces: dict[int, str] = {}
+        self._whole: dict[tuple[str, ...], tuple[int, ...]] = {}
 
     def text(self, tokens: Sequence[int]) -> str:
         """The text without special tokens."""
@@ -34,6 +35,14 @@ class StopStrings:
         """The text up to the first stop string in it."""
         text = self.text(tokens)
         return text[: min((place for s in stop if (place := text.find(s)) >= 0), default=len(text))]
+
+    def whole(self, stop: Sequence[str]) -> tuple[int, ...]:
+        """The tokens whose own text holds a stop string, so that they end a generation wherever they stand."""
+        asked = tuple(stop)
+        if asked not in self._whole:
+            texts = _texts(self._tokenizer) if asked else ()
+            self._whole[asked] = tuple(i for i, text in enumerate(texts) if any(s in text for s in asked))
+        return self._whole[asked]
 
     def completed(self, tokens: Sequence[int], stop: Sequence[str]) -> bool:
         """Whether the last of `tokens` completes one of the stop strings."""
@@ -63,3 +72,11 @@ class StopStrings:
             once = self.text([token])
             self._pieces[token] = once + self.text([token, token])
         return self._pieces[token]
+
+
+def _texts(tokenizer: Any) -> Sequence[str]:
+    """Each token's text, of a quarter of a million in a second."""
+    alone = [[token] for token in range(len(tokenizer))]
+    if backend := getattr(tokenizer, "backend_tokenizer", None):
+        return list(backend.decode_batch(alone, skip_special_tokens=True))
+    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in alone]

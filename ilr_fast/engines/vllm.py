@@ -218,7 +218,8 @@ class VllmEngine:
         """vLLM's own form of a request, its blocks named."""
         request = self._requests[name]
         if request.formed is None:
-            form = self._form.sampling(name, request.prompt, request.sampling, request.limit)
+            ends = self._stops.whole(request.sampling.stop)
+            form = self._form.sampling(name, request.prompt, request.sampling, request.limit, ends)
             request.formed = self._client.engine_core.preprocess_add_request(form)
         return request.formed
 

@@ -42,8 +42,13 @@ class Requests:
     seeded: bool = True
     lora: Any = None
 
-    def sampling(self, name: str, tokens: Sequence[int], sampling: Sampling, limit: int) -> Any:
-        """A request for at most `limit` tokens and their log-probs. Longer prompts come first."""
+    def sampling(
+        self, name: str, tokens: Sequence[int], sampling: Sampling, limit: int, ends: Iterable[int] = ()
+    ) -> Any:
+        """A request for at most `limit` tokens and their log-probs; `ends` are more tokens that end it.
+
+        Longer prompts come first.
+        """
         from vllm.sampling_params import SamplingParams
 
         parameters = SamplingParams(
@@ -52,7 +57,7 @@ class Requests:
             top_k=sampling.top_k,
             max_tokens=limit,
             seed=sampling.seed & SEEDS if self.seeded and sampling.temperature > 0 else None,
-            stop_token_ids=sorted(self.stop_tokens),
+            stop_token_ids=sorted({*self.stop_tokens, *ends}),
             ignore_eos=True,
             logprobs=0,
             detokenize=False,

@@ -244,9 +244,7 @@ def rollout_scheduler(base: Any) -> Any:
                 index_N = np.array(counts)[index_N]
             logp_N = results.logprobs.logprobs[index_N, 0]
             is_row_N = self._generation_R[rows.places_N] == rows.generations_N
-            last_N = (self._until_last_R[rows.places_N] == 1) | ~np.isfinite(logp_N)
-            for stop in self._stops:
-                last_N |= token_N == stop
+            last_N = (self._until_last_R[rows.places_N] == 1) | ~np.isfinite(logp_N) | np.isin(token_N, self._stops)
             goes_on_N = is_row_N & ~last_N
             places_N = rows.places_N[goes_on_N]
             taken_N = self._taken_R[places_N]
