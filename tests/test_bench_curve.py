@@ -5,7 +5,7 @@ import json
 import pytest
 
 curve = pytest.importorskip("ilr_benchmarks.curve")
-from ilr_benchmarks import curve_figure  # noqa: E402
+from ilr_benchmarks import curve_figure, curve_summary  # noqa: E402
 
 from ilr_fast.config_parse import load_config  # noqa: E402
 from ilr_fast.data import load_splits  # noqa: E402
@@ -85,3 +85,32 @@ def test_the_figure_holds_every_seed(tmp_path):
     assert file.stat().st_size > 10_000
     shorter = [points(0.2, 0.5), points(0.4, 0.7, 0.9)]
     assert curve_figure.mean_curve(shorter) == [(0, 0.0, pytest.approx(0.3)), (5, 1.0, pytest.approx(0.6))]
+
+
+def test_rows_of_several_places_become_one_table(tmp_path):
+    def write(place, *rows):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "curve.json").write_text(json.dumps({"device": "H100", "rows": rows}))
+
+    def row(side, seed, right, steps=70, keys=()):
+        each = 5 if side == curve.THEIRS else 1
+        curve_ = [[step, 256 * step, 0.3 * step, right] for step in range(10, steps + 1, 10)]
+        more = {"sampled": [right] * (steps // each), "keys": list(keys), "beside_others": True}
+        return {"variant": side, "seed": seed, "curve": curve_, **more}
+
+    write("a", *(row(curve.OURS, seed, 0.5 + 0.1 * seed) for seed in (1, 2, 3)), row(curve.OURS, 4, 0.9, steps=40))
+    other = row(curve.OURS, 1, 0.1, keys=["a=b"])
+    write("b", row(curve.OURS, 1, 0.8), *(row(curve.THEIRS, seed, 0.5) for seed in (1, 2, 3)), other)
+    found = curve_summary.join([tmp_path], "curve")
+    assert curve_summary.join([tmp_path], "curve_plain") is None
+    *rows, last = found["rows"]
+    assert [(r["variant"], r["seed"], r["curve"][0][3]) for r in rows][:5] == [
+        ("TRL", 1, 0.5), ("TRL", 2, 0.5), ("TRL", 3, 0.5), ("ilr-fast", 1, 0.8), ("ilr-fast", 2, 0.7),
+    ]  # fmt: skip
+    assert last["status"] == "compared" and last["shape"] == "3 seeds"
+    lines = list(curve_summary.table(found["rows"]))
+    ours = next(line for line in lines if line.startswith("| ilr-fast |"))
+    assert "| 4 | 80.0 (67.0 to 93.0), 4 |" in ours and ours.endswith("| 76.7 (62.3 to 91.0), 3 |")  # three whole runs
+    assert any(line.startswith("| ilr-fast, a=b | 1 | – |") for line in lines)
+    (against,) = [line for line in curve_summary.table(found["rows"], "TRL") if line.startswith("| ilr-fast |")]
+    assert "+26.7 (+12.3 to +41.0), 3" in against
