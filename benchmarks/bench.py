@@ -20,8 +20,8 @@ GPU = ("lm_head", "lm_head_shapes", "lm_head_sweep", "advantage", "adamw", "roll
        "sleep", "train_step", "step", "step_agents", "exactness", "memory", "memory_layers")
 CPU = ("lm_head_cpu",)
 # Only where named: they need data sets, models, other libraries.
-NAMED = ("graders", "curve", "comlrl", "comlrl_cpu", "trl_step", "step_checkpoint", "rollout_host",
-         "rollout_defaults")
+NAMED = ("graders", "curve", "comlrl", "comlrl_cpu", "trl_step", "step_checkpoint", "step_ahead",
+         "rollout_host", "rollout_defaults")
 ON_CPU = (*CPU, "graders", "comlrl_cpu", "rollout_host")
 FIGURES, DRAWN = "figures", ("lm_head_sweep", "curve")
 

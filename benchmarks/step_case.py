@@ -204,7 +204,7 @@ def _write(asked: Mapping[str, Any], folder: Path) -> Path:
         "data": {part: str(folder / f"{part}.jsonl") for part in ("train", "validation", "test")},
         "prompts": {"file": "short"},
         "rollout": {"questions": asked["questions"], "samples": asked["samples"], "peer_tokens": asked["most"],
-                    "max_tokens": {"default": asked["most"]}},
+                    "max_tokens": {"default": asked["most"]}, "ahead": asked.get("ahead", False)},
         "reward": {"name": f"{Chance.__module__ if __name__ != '__main__' else 'ilr_benchmarks.step_case'}:Chance"},
         "loss": asked.get("loss", TRL_LOSS),
         "evaluate": {"base": False, "validation_limit": 1}, "checkpoint": {"every": asked.get("checkpoint_every")},
