@@ -53,7 +53,7 @@ class Groups:
 class _Group:
     dialogues: list[Dialogue]
     scored: list[Scored]
-    live: bool  # it has a gradient
+    live: bool  # it has a gradient; not asked where no question could replace it
     stopped: bool = False
 
 
@@ -72,7 +72,7 @@ async def gather(
         questions: `settings.questions`, and `settings.refill` to spare.
         converse: all dialogues of one question, in order; it calls its second argument with each as it ends.
         score: grades dialogues, in order and without those that failed; called in a thread with all that have ended.
-        live: whether a group's scored dialogues have a gradient.
+        live: whether a group's scored dialogues have a gradient; asked where there are questions to spare.
         inline: grade in this thread instead, so that when a question follows does not depend on the clock.
     """
     graders = _Graders(score, inline)
@@ -187,7 +187,7 @@ class _Step:
                 return _Group([ended[n] for n in first], [one for n in first for one in scored[n]], False, True)
             dialogues = talking.result()
             found = [one for dialogue in dialogues for one in scored[dialogue.sample]]
-            return _Group(dialogues, found, self.live(found))
+            return _Group(dialogues, found, not self.settings.refill or self.live(found))
         finally:
             for task in (talking, *grading):
                 task.cancel()

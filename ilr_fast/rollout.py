@@ -181,6 +181,9 @@ class _Discussion:
 
 async def _all(coroutines) -> list:  # type: ignore[no-untyped-def]
     """Their results in order; where one raises, the others are cancelled and its exception goes on."""
+    coroutines = list(coroutines)
+    if len(coroutines) == 1:  # the lone agent of a dialogue needs no task of its own
+        return [await coroutines[0]]
     tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:
         return await asyncio.gather(*tasks)
