@@ -1,5 +1,7 @@
 """Draws `curve.json`: held-out accuracy over steps and seconds of training, ours and TRL's, seeds and means.
 
+Seconds are drawn of runs that had the card alone, steps of all that came to their end.
+
     ilr-fast bench figures            # docs/figures/curve.png too, where there is a curve.json
 """
 
@@ -49,11 +51,14 @@ def _draw(result: Mapping[str, Any], file: Path) -> Path:
     panels = figure.subplots(1, 2, sharey=True)
     figure.subplots_adjust(left=0.08, right=0.97, top=0.9, bottom=0.2, wspace=0.08)
     for side, colour in COLOURS.items():
-        curves = [row["curve"] for row in result["rows"] if row["variant"] == side and row.get("curve")]
-        mean = mean_curve(curves)
+        rows = [row for row in result["rows"] if row["variant"] == side and row.get("curve") and not row.get("keys")]
+        last = max((row["curve"][-1][0] for row in rows), default=0)
+        rows = [row for row in rows if row["curve"][-1][0] == last]
         for panel, at in zip(panels, (0, 2), strict=True):
+            curves = [row["curve"] for row in rows if at == 0 or not row.get("beside_others")]
+            mean = mean_curve(curves)
             for curve in curves:
-                panel.plot([p[at] for p in curve], [100 * p[3] for p in curve], color=colour, alpha=0.3, linewidth=1)
+                panel.plot([p[at] for p in curve], [100 * p[3] for p in curve], color=colour, alpha=0.25, linewidth=0.8)
             if mean:
                 panel.plot([m[at // 2] for m in mean], [100 * m[2] for m in mean], color=colour, linewidth=2,
                            label=f"{side}, {len(curves)} seeds")  # fmt: skip
@@ -64,7 +69,8 @@ def _draw(result: Mapping[str, Any], file: Path) -> Path:
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="y", color="#eeeeee")
     panels[0].set_ylabel("held-out sums right, %")
-    panels[0].legend(loc="lower right", frameon=False)
+    for panel in panels:
+        panel.legend(loc="lower right", frameon=False)
     versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("trl", "vllm", "torch")
                          if result["versions"].get(name))  # fmt: skip
     told = f"{result['device']}, {versions}, commit {short(result['commit'])}, {str(result['date'])[:10]}"

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ilr_fast.engines.vllm_scheduler import READ
@@ -41,29 +42,36 @@ class Requests:
     stop_tokens: Iterable[int] = ()
     seeded: bool = True
     lora: Any = None
+    _known: dict[Any, Any] = field(default_factory=dict)  # vLLM's parameters, but for the seed
 
     def sampling(
-        self, name: str, tokens: Sequence[int], sampling: Sampling, limit: int, ends: Iterable[int] = ()
+        self, name: str, tokens: Sequence[int], sampling: Sampling, limit: int, ends: tuple[int, ...] = ()
     ) -> Any:
         """A request for at most `limit` tokens and their log-probs; `ends` are more tokens that end it.
 
         Longer prompts come first.
         """
+        kind = replace(sampling, max_tokens=limit, seed=0), ends
+        if kind not in self._known:
+            self._known[kind] = self._parameters(*kind)
+        parameters = copy.copy(self._known[kind])  # vLLM looks at every stop token of those that it makes
+        parameters.seed = sampling.seed & SEEDS if self.seeded and sampling.temperature > 0 else None
+        return self._request(name, tokens, parameters, -len(tokens))
+
+    def _parameters(self, sampling: Sampling, ends: tuple[int, ...]) -> Any:
         from vllm.sampling_params import SamplingParams
 
-        parameters = SamplingParams(
+        return SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
-            max_tokens=limit,
-            seed=sampling.seed & SEEDS if self.seeded and sampling.temperature > 0 else None,
+            max_tokens=sampling.max_tokens,
             stop_token_ids=sorted({*self.stop_tokens, *ends}),
             ignore_eos=True,
             logprobs=0,
             detokenize=False,
             extra_args={READ: True} if sampling.stop else None,
         )
-        return self._request(name, tokens, parameters, -len(tokens))
 
     def prompt_logps(self, name: str, tokens: Sequence[int]) -> Any:
         """A request for the log-probs of `tokens` as a prompt, from the second on; it reads nothing from the cache."""
