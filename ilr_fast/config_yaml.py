@@ -32,6 +32,8 @@ for _kind in (_Loader, _Dumper):
 def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict:
     seen: set = set()
     for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *other`, whose keys those of its own replace
+            continue
         name = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
         place = f"{key_node.start_mark.name}, line {key_node.start_mark.line + 1}"
         if not isinstance(name, Hashable):

@@ -160,6 +160,13 @@ def test_agent_names_are_folder_names(write, name):
     assert f"agents.{name}" in refused(write(tree)).where
 
 
+def test_an_agent_takes_over_the_keys_of_another(write):
+    agents = "agents: {a: &a {model: m, train: lora}, b: {<<: *a, model: n}}"
+    config = load_config(write(f"{agents}\ndata: {{train: t, validation: v, test: s}}"))
+    a, b = config.agents.values()
+    assert (a.model, b.model) == ("m", "n") and a.train == b.train == "lora"
+
+
 def test_duplicate_agents_and_keys(write):
     error = refused(write("agents:\n  a: {model: m}\n  a: {model: n}\n"))
     assert "'a' stands there twice" in error.what and "line 3" in error.where and "its own name" in error.remedy
