@@ -40,7 +40,7 @@ from ilr_fast.evaluate import method_of
 from ilr_fast.protocols import load_protocol
 from ilr_fast.report import report
 from ilr_fast.report.runs import read_run
-from ilr_fast.runfolder import fingerprint
+from ilr_fast.runfolder import fingerprint, holds_work
 
 RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)
 RATIO = "ilr_ratio_"
@@ -240,6 +240,6 @@ ALONE = {"grpo": _alone, "grpo_third": _a_third, "grpo_peer": _before_frozen_pee
 def _check_folder(variant: Variant) -> None:
     """Refuses the run of another config now, not after hours of training the variants before it."""
     file = Path(variant.config.run) / "config.yaml"
-    if file.is_file() and fingerprint(load_config(file)) != fingerprint(variant.config):
+    if file.is_file() and holds_work(file.parent) and fingerprint(load_config(file)) != fingerprint(variant.config):
         raise UserError("the ablation of another config stands there", str(file.parent),
                         "give another folder with run=…, or the keys as they were to go on in it")

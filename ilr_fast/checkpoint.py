@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ilr_fast.durable import TEMPORARY, clean, disk_errors, point, sync, sync_tree
+from ilr_fast.durable import TEMPORARY, clean, disk_errors, point, remove_tree, sync, sync_tree
 from ilr_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -185,12 +185,15 @@ def _prune(folder: Path, step: int, keep: int) -> None:
     """Points `best`, and removes all but the best and the newest `keep` up to `step`."""
     past = [path for path in _steps(folder) if _number(path) <= step]
     best = max(past, key=lambda path: (_score(path), _number(path)))
+    link = folder / "best"
+    if link.is_dir() and not link.is_symlink():  # a run copied to where links are followed
+        remove_tree(link)
     kept = set(past[-keep:])
     if _score(best) > -math.inf:
         kept.add(best)
-        point(folder / "best", best.name)
+        point(link, best.name)
     else:
-        (folder / "best").unlink(missing_ok=True)
+        link.unlink(missing_ok=True)
     for path in _steps(folder):
         if path not in kept:
             _hide(path)

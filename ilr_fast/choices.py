@@ -13,8 +13,9 @@ right answer always comes first in the data); the same seed gives the same lette
 from __future__ import annotations
 
 import hashlib
+import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -23,8 +24,8 @@ NAMES = {"Record ID": "id", "question_id": "id", "Subdomain": "subject", "catego
 
 
 def is_choice(row: Mapping[str, Any]) -> bool:
-    """Whether the row has the columns of one of the data sets above."""
-    return RIGHT in row or (isinstance(row.get("options"), list) and len(row["options"]) > 1 and "question" in row)
+    """Whether the row has the columns of one of the data sets above; an empty list of options is none."""
+    return RIGHT in row or (isinstance(row.get("options"), list) and bool(row["options"]) and "question" in row)
 
 
 def as_question(row: Mapping[str, Any], *, seed: int) -> dict[str, Any]:
@@ -35,6 +36,10 @@ def as_question(row: Mapping[str, Any], *, seed: int) -> dict[str, Any]:
     text, options, right = _gpqa(row) if RIGHT in row else _mmlu_pro(row)
     if not 2 <= len(options) <= len(LETTERS):
         raise ValueError(f"{len(options)} options; 2 to {len(LETTERS)} can have letters")
+    empty = [option for option in options if not isinstance(option, str | int | float) or not str(option).strip()]
+    if empty:
+        raise ValueError(f"an option is {json.dumps(empty[0])} instead of text")
+    options = [str(option).strip() for option in options]
     order = list(range(len(options)))
     random.Random(hashlib.sha256(f"{seed}/{text}".encode()).digest()).shuffle(order)
     lines = [f"({letter}) {options[place]}" for letter, place in zip(LETTERS, order, strict=False)]
@@ -48,15 +53,18 @@ def as_question(row: Mapping[str, Any], *, seed: int) -> dict[str, Any]:
     }
 
 
-def _gpqa(row: Mapping[str, Any]) -> tuple[str, list[str], int]:
+def _gpqa(row: Mapping[str, Any]) -> tuple[str, list[Any], int]:
     options = [row[RIGHT], *(row[key] for n in range(1, 26) if (key := WRONG.format(n)) in row)]
-    return str(row.get("Question", "")).strip(), [str(option).strip() for option in options], 0
+    return str(row.get("Question", "")).strip(), options, 0
 
 
-def _mmlu_pro(row: Mapping[str, Any]) -> tuple[str, list[str], int]:
-    options: Sequence[Any] = row["options"]
+def _mmlu_pro(row: Mapping[str, Any]) -> tuple[str, list[Any], int]:
+    options: list[Any] = row["options"]
     answer = str(row.get("answer", "")).strip().strip("()").upper()
-    index = LETTERS.find(answer) if len(answer) == 1 else row.get("answer_index", -1)
+    told = row.get("answer_index", -1)
+    index = LETTERS.find(answer) if len(answer) == 1 else told
     if not isinstance(index, int) or not 0 <= index < len(options):
         raise ValueError(f"the answer {row.get('answer')!r} is none of the {len(options)} options")
-    return str(row["question"]).strip(), [str(option).strip() for option in options], index
+    if "answer_index" in row and told != index:
+        raise ValueError(f"the answer is {answer} and answer_index {told}, another option")
+    return str(row["question"]).strip(), options, index

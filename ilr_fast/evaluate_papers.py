@@ -16,6 +16,7 @@ from ilr_fast.config import Config
 from ilr_fast.data import TASK, TASK_SIZES, load_questions, load_splits
 from ilr_fast.errors import UserError
 from ilr_fast.evaluate import few_shot_examples, open_grader
+from ilr_fast.gradable import check_gradable
 from ilr_fast.protocols.templates import load_prompts
 from ilr_fast.tasks import task_reward
 from ilr_fast.types import Message, Question
@@ -67,6 +68,7 @@ def paper(name: str, config: Config, limit: int | None = None, *, where: str | N
         prompts = load_prompts(config.prompts.file, reward)
         examples = few_shot_examples(train, config.prompts.examples, config.seed, prompts)
     config = replace(config, reward=replace(config.reward, name=reward))
-    open_grader(config).close()
+    with open_grader(config) as grader:
+        check_gradable(grader, questions, f"{where}, graded by {reward}")
     label = name if limit is None or name.startswith(TASK) else f"{name}[:{limit}]"  # never stands for the whole
     return Paper(label, questions, examples, config)

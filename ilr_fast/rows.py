@@ -111,8 +111,8 @@ def _text(row: Row, key: str, where: str, config_key: str) -> str:
     value = row[key]
     items = value if isinstance(value, list) else [value]
     if not all(isinstance(item, str | int | float) and not isinstance(item, bool) for item in items):
-        kind = type(value).__name__
-        raise UserError(f"{key!r} is a {kind}", where, "give text, a number, or a list of them")
+        kind = "null" if value is None else f"a {type(value).__name__}"
+        raise UserError(f"{key!r} is {kind}", where, "give text, a number, or a list of them")
     text = ", ".join(str(item).strip() for item in items)
     if not text:
         raise UserError(f"{key!r} is empty", where, "fill it in, or leave the row out")

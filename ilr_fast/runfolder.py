@@ -171,10 +171,18 @@ def _check(path: Path, config: Config) -> None:
             raise UserError(f"holds other things than a run ({', '.join(sorted(others)[:3])})", str(path),
                             "give a new or empty folder with run=…")
         return
+    read_results(path)  # damaged, they would be noticed hours later
     differing = _differing(path / "config.yaml", config)
-    if differing:
+    if differing and holds_work(path):
         raise UserError("the folder of another run: " + "; ".join(differing), str(path),
                         "give another folder with run=…, or the keys as they were to go on in it")
+
+
+def holds_work(path: Path) -> bool:
+    """Whether anything was measured, said or learned there; a run that failed before that is no run to keep apart."""
+    heads = ("lock", "environment.json", "config.yaml", "logs", "tensorboard")
+    others = (p for p in path.iterdir() if p.name not in heads and not p.name.startswith(TEMPORARY))
+    return any(not p.is_dir() or any(p.iterdir()) for p in others)
 
 
 def _differing(file: Path, config: Config) -> list[str]:

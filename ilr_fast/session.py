@@ -13,9 +13,11 @@ from ilr_fast.card import PeakSampler
 from ilr_fast.chat import ChatFormat
 from ilr_fast.config import Config
 from ilr_fast.data import check_disjoint, load_splits
+from ilr_fast.difficulty import from_levels
 from ilr_fast.errors import UserError
 from ilr_fast.evaluate import few_shot_examples, open_grader
 from ilr_fast.evaluate_papers import Paper, paper
+from ilr_fast.gradable import check_gradable
 from ilr_fast.metrics import check_trackers
 from ilr_fast.progress import Progress
 from ilr_fast.protocols import DialogueProtocol, load_protocol
@@ -66,7 +68,11 @@ def prepare(config: Config) -> Ready:
         raise UserError(f"{there} training questions, fewer than the {wanted} of a step (refill included)",
                         "data.train, rollout.questions", "give more questions, or ask fewer in a step")
     protocol = load_protocol(config.protocol, config)
-    open_grader(config).close()
+    with open_grader(config) as grader:
+        for part, questions in splits.items():
+            check_gradable(grader, questions, f"data.{part}, reward.name = {config.reward.name}")
+    if config.difficulty.estimator == "level" and config.interaction == "dynamic":
+        from_levels(splits["train"], config.difficulty.levels)
     chats = prepare_chats(config)
     prompts = load_prompts(config.prompts.file, config.reward.name)
     for count in config.evaluate.few_shot:

@@ -86,6 +86,15 @@ def test_newest_k_and_the_best_are_kept(tmp_path):
     assert names(tmp_path) == ["best", "step_000008"]
 
 
+def test_a_copy_that_followed_the_link_goes_on(tmp_path):
+    put(tmp_path, 4, 0.5)
+    os.unlink(tmp_path / "best")
+    shutil.copytree(tmp_path / "step_000004", tmp_path / "best")
+    assert best_good(tmp_path).step == 4
+    put(tmp_path, 5, 0.6)
+    assert os.readlink(tmp_path / "best") == "step_000005" and best_good(tmp_path).step == 5
+
+
 def test_without_scores_there_is_no_best(tmp_path):
     for step in (1, 2, 3):
         put(tmp_path, step, keep=1)

@@ -83,6 +83,11 @@ def test_graded_with_reasoning_before_the_box(tmp_path):
     ({"question": "?", "options": ["a", "b"], "answer": "C"}, "none of the 2 options"),
     ({"question": "?", "options": [str(n) for n in range(27)], "answer": "A"}, "27 options"),
     ({"Question": "?", "Correct Answer": "a"}, "1 options"),
+    ({"question": "?", "options": ["a"], "answer": "A"}, "1 options"),
+    ({"question": "?", "options": ["a", None], "answer": "A"}, "an option is null"),
+    ({"question": "?", "options": [["a"], "b"], "answer": "A"}, r'an option is \["a"\]'),
+    ({"question": "?", "options": ["a", "b"], "answer": "A", "answer_index": 1}, "A and answer_index 1"),
+    ({"Question": "?", "Correct Answer": None, "Incorrect Answer 1": "b"}, "an option is null"),
 ])  # fmt: skip
 def test_rows_that_can_not_be_asked(tmp_path, row, message):
     with pytest.raises(UserError, match=message):

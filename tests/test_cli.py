@@ -159,6 +159,19 @@ def test_mistakes_on_the_command_line(arguments, parts, told, no_weights):
     assert all(part in message for part in parts), message
 
 
+@pytest.mark.parametrize(("keys", "parts"), [
+    (["reward.name=choice"], ("data.train, reward.name = choice", "none of the options")),
+    (["reward.name=code"], ("reward.name = code", "no tests (test_list)")),
+    (["difficulty.estimator=level"], ("difficulty.estimator = level", "has no level")),
+])  # fmt: skip
+def test_data_that_do_not_fit_are_refused_before_anything_is_loaded_or_made(tmp_path, models, keys, parts, told,
+                                                                            no_weights):  # fmt: skip
+    assert main(["train", str(write_config(tmp_path, models)), *keys]) == 2
+    message = told()
+    assert all(part in message for part in parts), message
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     "arguments",
     [["report", "RUN", "--out"], ["report", "RUN", "--figures"], ["eval", "RUN", "--benchmarks", "test", "--out"],

@@ -66,7 +66,7 @@ GOOD = {"id": "a", "question": "x?", "answer": "1"}
         ({"question": "x?", "reply": "1"}, r"no 'answer' \(but question, reply\)\n.*data.answer_key"),
         ({"question": "  ", "answer": "1"}, "q.jsonl:2: 'question' is empty"),
         ({"question": "x?", "answer": ""}, "q.jsonl:2: 'answer' is empty"),
-        ({"question": "x?", "answer": None}, "'answer' is a NoneType"),
+        ({"question": "x?", "answer": None}, "'answer' is null"),
         ({"question": "x?", "answer": True}, "'answer' is a bool"),
         ({"question": "x?", "answer": "1", "level": 0}, "levels count from 1"),
         (GOOD, r"q\.jsonl:2: the id 'a' stands at .*q\.jsonl:1 already"),

@@ -33,7 +33,7 @@ LAYERS = {
         plan_table""",
     "runs": """session heldout interaction alone evaluate evaluate_* benchmarks benchmarks.* train ablate ablate_*
         calibration_effect difficulty_study warm_start merge finish show report report.* docs_config
-        ilr_benchmarks.*""",
+        gradable ilr_benchmarks.*""",
     "commands": "cli",
 }
 PURE = """types errors own quoting statistics interrupt durable config config_* data benchmark_sets choices tasks

@@ -68,12 +68,26 @@ def test_goes_on_where_only_length_speed_or_place_differ(tmp_path):
 def test_another_config_is_refused_and_the_keys_named(tmp_path):
     run = tmp_path / "run"
     start(run).close()
+    (run / "results.json").write_text("[]")
     error = refused(run, seed=3, rollout=RolloutConfig(samples=4))
     assert "seed is 0 there, 3 here" in error.what and "rollout.samples is 8 there, 4 here" in error.what
     error = refused(run, agents={"a": AgentConfig(model="m")})
     assert "agents.b-1.7b.model is 'n' there, '(not there)' here" in error.what
+    (run / "results.json").write_text("[{")
+    assert "not a list of results" in refused(run).what
+    (run / "results.json").unlink()
     (run / "config.yaml").write_text("stepz: 3")
     assert "unknown key" in refused(run).what
+
+
+def test_a_run_that_failed_before_it_did_anything_may_begin_with_other_keys(tmp_path):
+    run = tmp_path / "run"
+    start(run, seed=3).close()
+    for folder in ("logs", "checkpoints"):
+        (run / folder).mkdir()
+    (run / "logs" / "a.log").write_text("an error")
+    start(run).close()
+    assert load_config(run / "config.yaml").seed == 0
 
 
 def test_fresh_refuses_any_existing_folder(tmp_path):
