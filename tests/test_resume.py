@@ -129,6 +129,7 @@ def test_more_steps_go_on_from_the_end(tmp_path, models):
 
 
 BROKEN_VERIFIER = """
+from ilr_fast.rewards.base import Adapted
 from ilr_fast.rewards.number import NumberGrader
 
 
@@ -144,6 +145,18 @@ class Sometimes(NumberGrader):
 class Raises:
     def grade(self, question, text):
         raise KeyError("no such test")
+
+
+class RaisesLater(NumberGrader):
+    '''Judges the data's own answers, as a run asks of it at its start, and nothing that an agent says.'''
+
+    def grade(self, question, text):
+        if text is not question.answer:
+            raise KeyError("no such test")
+        return super().grade(question, text)
+
+    def grade_many(self, pairs):
+        return [Adapted(self).grade(*pair) for pair in pairs]
 """
 
 
@@ -179,8 +192,11 @@ def test_a_verifier_that_breaks_is_counted_logged_and_skipped(tmp_path, models, 
 
 def test_a_verifier_that_raises_stops_the_run_with_everything_saved(tmp_path, models, verifier, capfd):
     name = verifier("always_raises", [])
-    config = str(write_config(tmp_path, models, reward__name=f"{name}:Raises", interaction="none"))
-    assert main(["train", config]) == 1
+    config = write_config(tmp_path, models, reward__name=f"{name}:Raises", interaction="none")
+    assert main(["train", str(config)]) == 2 and not (tmp_path / "run").exists()
+    told = capfd.readouterr().err
+    assert "data.train" in told and "none of 8 questions tried can be graded" in told and "no such test" in told
+    assert main(["train", str(config), f"reward.name={name}:RaisesLater"]) == 1
     told = capfd.readouterr().err
     assert "6 of 6 dialogues failed in step 1" in told and "max_failed_share" in told and "no such test" in told
     assert told.count("ilr-fast:") == 1 and "Traceback" not in told
