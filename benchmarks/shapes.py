@@ -29,6 +29,11 @@ SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
         dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
              num_attention_heads=28, num_key_value_heads=4, max_position_embeddings=32768, tie_word_embeddings=False),
     ),
+    "Qwen/Qwen2.5-14B-Instruct": (
+        transformers.Qwen2Config,
+        dict(vocab_size=152064, hidden_size=5120, intermediate_size=13824, num_hidden_layers=48,
+             num_attention_heads=40, num_key_value_heads=8, max_position_embeddings=32768, tie_word_embeddings=False),
+    ),
     "Qwen/Qwen2.5-3B-Instruct": (
         transformers.Qwen2Config,
         dict(vocab_size=151936, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36,
