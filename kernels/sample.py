@@ -11,12 +11,10 @@ from __future__ import annotations
 import torch
 import triton
 from ilr_kernels.launch import launch
-from ilr_kernels.sample_kernel import sample_parts_kernel, sample_whole_kernel
+from ilr_kernels.sample_kernel import draw_kernel, weigh_pieces_kernel
 from torch import Tensor
 
-BLOCK = 256  # a part is a multiple of four of them
-PROGRAMS = 2048  # wanted at once
-MOST_PARTS = 64
+PIECE = 4096  # logits
 
 
 def sample(
@@ -37,17 +35,17 @@ def sample(
             raise ValueError(f"{name} is {tensor.dtype}, not {dtype}")
     if slot_N.shape != (rows,) or position_N.shape != (rows,) or logits_NV.stride(1) != 1:
         raise ValueError("slot_N and position_N have an element for every row of logits_NV, whose columns are adjacent")
-    parts = min(MOST_PARTS, triton.next_power_of_2(max(1, PROGRAMS // max(1, rows))))
-    size = -(-vocabulary // (parts * 4 * BLOCK)) * 4 * BLOCK
-    parts = -(-vocabulary // size)
-    found = torch.empty(4, rows, parts, dtype=torch.float32, device=logits_NV.device)
-    token = torch.empty(rows, parts, dtype=torch.int32, device=logits_NV.device)
+    pieces = triton.cdiv(vocabulary, PIECE)
+    max_NP, sum_NP = torch.empty(2, rows, pieces, dtype=torch.float32, device=logits_NV.device)
     sampled_N = torch.empty(rows, dtype=torch.int64, device=logits_NV.device)
     logp_N = torch.empty(rows, dtype=torch.float32, device=logits_NV.device)
     if rows == 0:
         return sampled_N, logp_N
-    pieces = (*found.unbind(), token)
-    given = (logits_NV, slot_N, temperature_S, seed_S, position_N, *pieces, logits_NV.stride(0), vocabulary, size)
-    launch(sample_parts_kernel, (rows, parts), given, (BLOCK,), num_warps=4)
-    launch(sample_whole_kernel, (rows,), (*pieces, sampled_N, logp_N, parts), (MOST_PARTS,), num_warps=1)
+    weighed = (logits_NV, slot_N, temperature_S, max_NP, sum_NP, logits_NV.stride(0), vocabulary)
+    launch(weigh_pieces_kernel, (rows, pieces), weighed, (PIECE,), num_warps=4)
+    drawn = (
+        logits_NV, slot_N, temperature_S, seed_S, position_N, max_NP, sum_NP, sampled_N, logp_N,
+        logits_NV.stride(0), vocabulary, pieces,
+    )  # fmt: skip
+    launch(draw_kernel, (rows,), drawn, (triton.next_power_of_2(pieces), PIECE), num_warps=8)
     return sampled_N, logp_N

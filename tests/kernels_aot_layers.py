@@ -40,8 +40,8 @@ def layer_cases(case: Callable[..., Any], import_kernels: Callable[[str], Any]) 
     kernel = import_kernels("row_sums_kernel").row_sums_kernel
     yield case("row_sums_kernel", kernel, types, {"WIDTH": 256, "BLOCK": 256}, warps=2)
     sampling = import_kernels("sample_kernel")
-    types = dict.fromkeys(("p_logits", "p_temperature", "p_max", "p_sum", "p_best", "p_logit", "p_logp"), "*fp32")
-    types |= dict.fromkeys(("p_seed", "p_position", "p_sampled"), "*i64") | dict.fromkeys(("p_slot", "p_token"), "*i32")
-    types |= dict.fromkeys(("stride", "V", "part_size", "parts"), "i32")
-    yield case("sample_parts_kernel", sampling.sample_parts_kernel, types, {"B": 256}, warps=4)
-    yield case("sample_whole_kernel", sampling.sample_whole_kernel, types, {"B": 64}, warps=1)
+    types = dict.fromkeys(("p_logits", "p_temperature", "p_max", "p_sum", "p_logp"), "*fp32") | {"p_slot": "*i32"}
+    types |= dict.fromkeys(("p_seed", "p_position", "p_sampled"), "*i64")
+    types |= dict.fromkeys(("stride", "V", "pieces"), "i32")
+    yield case("weigh_pieces_kernel", sampling.weigh_pieces_kernel, types, {"S": 4096}, warps=4)
+    yield case("draw_kernel", sampling.draw_kernel, types, {"P": 64, "S": 4096}, warps=8)

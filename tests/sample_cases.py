@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from ilr_kernels.sample import sample
+from ilr_kernels.sample import PIECE, sample
 from torch import Tensor
 
-SIZES = [(1, 1), (3, 37), (2, 1100)]  # rows, vocabulary
+SIZES = [(1, 1), (3, 37), (40, 9000)]  # rows, vocabulary
 LARGE = [(70, 130), (5, 151936), (60, 49152)]
 
 
@@ -34,23 +34,14 @@ def philox(seed: np.ndarray, counter: np.ndarray) -> list[np.ndarray]:
     return c
 
 
-def noisy_logits(
-    logits_NV: Tensor, slots_N: Tensor, temperature: float, seeds_S: Tensor, positions_N: Tensor
-) -> Tensor:
-    """logits / temperature − log E in float64, E = −log(1 − u) of the kernel's random bits."""
-    found, block = [], 256
-    place_V = np.arange(logits_NV.shape[1])
-    start_V, n_V = place_V // (4 * block) * 4 * block, place_V // block % 4
-    rows = logits_NV.cpu().double().numpy(), slots_N.tolist(), positions_N.tolist()
-    for x_V, slot, position in zip(*rows, strict=True):
-        key = philox(np.array([seeds_S[slot].item()]), np.array([position]))[0]
-        u_V = (np.choose(n_V, philox(key, start_V + place_V % block)).astype(np.float64) + 0.5) / 2**32
-        found.append(x_V / temperature - np.log(-np.log1p(-u_V)))
-    return torch.from_numpy(np.stack(found))
+def misses(weights: np.ndarray, place: int, bits: int) -> float:
+    """By how much of all weight `place` is not the one that 32 random bits draw of `weights`, in float64."""
+    below, part = weights[:place].sum() / weights.sum(), (bits + 0.5) / 2**32
+    return max(below - part, part - below - weights[place] / weights.sum(), 0.0)
 
 
 def check_tokens(device: str, rows: int, vocabulary: int, temperature: float) -> None:
-    """The tokens are those of the formula (of two nearly equal ones either), and the log-probs theirs."""
+    """Pieces and tokens are those that the random bits draw (or next to them by rounding), and the log-probs theirs."""
     logits_NV, *more = given(device, rows, vocabulary, temperature)
     tokens_N, logp_N = sample(logits_NV, *more)
     logps_NV = (logits_NV.double() / (temperature or 1)).log_softmax(-1)
@@ -58,10 +49,14 @@ def check_tokens(device: str, rows: int, vocabulary: int, temperature: float) ->
     if temperature == 0:
         assert torch.equal(tokens_N, logits_NV.argmax(-1))
         return
-    slots_N, _, seeds_S, positions_N = more
-    noisy_NV = noisy_logits(logits_NV, slots_N, temperature, seeds_S, positions_N)
-    chosen_N = noisy_NV.gather(1, tokens_N.cpu()[:, None])[:, 0]
-    assert float((noisy_NV.max(-1).values - chosen_N).max()) < 1e-3
+    slots_N, _, seeds_S, positions_N = (tensor.tolist() for tensor in more)
+    for row, token in enumerate(tokens_N.tolist()):
+        weights = logps_NV[row].exp().cpu().numpy()
+        bits = philox(np.array([seeds_S[slots_N[row]]]), np.array([positions_N[row]]))
+        pieces = np.add.reduceat(weights, np.arange(0, vocabulary, PIECE))
+        inside = weights[token // PIECE * PIECE :][:PIECE]
+        assert misses(pieces, token // PIECE, int(bits[0][0])) < 1e-5
+        assert misses(inside, token % PIECE, int(bits[1][0])) < 1e-5
 
 
 def check_company(device: str) -> None:
@@ -75,9 +70,9 @@ def check_company(device: str) -> None:
 
 def check_distribution(device: str, rows: int) -> None:
     """χ² of many rows with the same few likely tokens, which lie in one part and in several."""
-    vocabulary = 1500
-    likely = torch.tensor([0, 1, 255, 256, 700, 1023, 1024, 1499], device=device)
-    logits_V = torch.full((vocabulary,), -9.0, device=device)
+    vocabulary = 9000
+    likely = torch.tensor([0, 1, 255, 256, 4095, 4096, 8191, 8999], device=device)
+    logits_V = torch.full((vocabulary,), -11.0, device=device)
     logits_V[likely] = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5, 1.5, 2.5, 0.0], device=device)
     zeros_N, one, seed = torch.zeros(rows).int(), torch.ones(1), torch.tensor([7])
     more = (tensor.to(device) for tensor in (zeros_N, one, seed, torch.arange(rows)))
