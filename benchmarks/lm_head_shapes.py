@@ -50,6 +50,7 @@ def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> list[dict[
 
 
 def loss_cases(x: Problem, bound: float, gib: float | None) -> list[Case]:
+    """The loss's variants at one shape."""
     truth = Truth(x, GRPO, policy_truth)
     buffer_VD = torch.zeros_like(x.weight_VD, requires_grad=False)
     targets = (Target("limit", bound), *([] if gib is None else [Target("gib", gib)]))
@@ -67,6 +68,7 @@ def loss_cases(x: Problem, bound: float, gib: float | None) -> list[Case]:
 
 
 def logprob_cases(x: Problem) -> list[Case]:
+    """The log-probs' variants at one shape."""
     truth = Truth(x, GRPO, lambda y, _: logprob_truth(y))
     target = (Target("limit", 1.15),)
     return [

@@ -91,6 +91,7 @@ class CopiedAdamW:
             torch._foreach_copy_([p for p, _ in changed], [m for _, m in changed])
 
     def forget_gradients(self) -> None:
+        """The copies' gradients, which a step has made of the weights' own, are let go."""
         for parameter in self.masters:
             parameter.grad = None
 

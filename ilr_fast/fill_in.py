@@ -37,6 +37,7 @@ class Setting(NamedTuple):
 
     @property
     def text(self) -> str:
+        """As an argument of the command line: agents.NAME.key=value."""
         value = str(self.value).lower() if isinstance(self.value, bool) else self.value
         return f"agents.{self.agent}.{self.key}={value}"
 
@@ -50,6 +51,7 @@ class Remedy:
 
     @property
     def text(self) -> str:
+        """Its settings as arguments, parted by spaces."""
         return " ".join(setting.text for setting in self.settings)
 
 

@@ -75,6 +75,7 @@ class InPlaceAdamW:
         )  # fmt: skip
 
     def forget_gradients(self) -> None:
+        """The weights' gradients are let go."""
         for parameter in self.parameters:
             parameter.grad = None
 

@@ -28,6 +28,7 @@ class Matrix:
 
     @property
     def size(self) -> int:
+        """Its numbers."""
         return self.rows * self.width
 
 

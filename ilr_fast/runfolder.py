@@ -84,6 +84,7 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
         return self.path / "checkpoints"
 
     def write_dialogues(self, step: int, credited: Sequence[Credited]) -> None:

@@ -37,11 +37,6 @@ class PairedDifference:
     ci95: Interval
 
     @property
-    def beats(self) -> bool:
-        """Whether the first method is better and its interval lies above 0."""
-        return self.ci95[0] > 0
-
-    @property
     def verdict(self) -> str:
         """`better`, `worse`, or `none` where the interval holds 0: then no difference was seen."""
         return "better" if self.ci95[0] > 0 else "worse" if self.ci95[1] < 0 else "none"

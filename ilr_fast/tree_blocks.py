@@ -21,6 +21,7 @@ class Block:
 
     @property
     def ranges(self) -> tuple[tuple[int, int], ...]:
+        """Rows (first, end) of the keys that its queries see: the stem's, then its own."""
         return (*self.stem, (self.start, self.end))
 
 
@@ -44,6 +45,7 @@ class Node:
 
 
 def cut_blocks(positions: np.ndarray, subtree_end: np.ndarray, overhead: int) -> Blocks:
+    """The blocks of a packed forest, in order. `overhead`: what a block costs, in pairs of query and key."""
     blocks: list[Block] = []
     _cut_into(nodes_of(positions, subtree_end), (), 0, overhead, blocks)
     blocks.sort(key=lambda block: block.start)

@@ -117,6 +117,7 @@ def make_buffers(head: Head, hidden_ND: Tensor, dhidden: bool, weight_grad_VD: T
 
 
 def differentiates(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, weight_grad_VD: Tensor | None) -> bool:
+    """Whether anything that a call is given wants a gradient, and gradients are on."""
     if not torch.is_grad_enabled():
         return False
     return weight_grad_VD is not None or any(x is not None and x.requires_grad for x in (hidden_TD, weight_VD, bias_V))

@@ -94,6 +94,7 @@ def rows_kernel(
     KL: tl.constexpr,
     IMPORTANCE_MODE: tl.constexpr,
 ):
+    """A row of logits: log-prob, entropy, by STEP the loss's parts and the gradient in the logits' place."""
     row = tl.program_id(0).to(tl.int64)
     p_row = p_logits + row * stride
     row += first_row

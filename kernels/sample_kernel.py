@@ -24,6 +24,7 @@ def weigh_pieces_kernel(
     V,
     S: tl.constexpr,
 ):
+    """A part of a row: its largest logit, the sum of exponentials, and the token that Gumbel noise prefers there."""
     row = tl.program_id(0).to(tl.int64)
     piece = tl.program_id(1)
     o_v = piece * S + tl.arange(0, S)
@@ -52,6 +53,7 @@ def draw_kernel(
     P: tl.constexpr,
     S: tl.constexpr,
 ):
+    """A row's parts together: the token sampled and its log-prob, float32, in nats."""
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(p_slot + row)
     noisy = tl.load(p_temperature + slot) > 0

@@ -276,7 +276,7 @@ def test_comparisons_are_paired_and_with_the_best_few_shot_base(full):
     assert ilr.to["base"].difference == pytest.approx(ilr.accuracy - base.accuracy)
     assert ilr.to["base_few_shot"].difference == pytest.approx(ilr.accuracy - best.accuracy)
     assert "base" not in base.to and "base_few_shot" not in four.to and "base" in four.to
-    assert ilr.to["base"].beats and ilr.to["base"].n == 300
+    assert ilr.to["base"].verdict == "better" and ilr.to["base"].n == 300
 
 
 def test_a_run_without_base_takes_another_runs(tmp_path, full):

@@ -61,7 +61,7 @@ def test_paired_difference_by_hand():
     assert (result.n, result.difference) == (18, pytest.approx(4 / 18))
     half = 1.959964 * 0.023**0.5
     assert result.ci95 == pytest.approx((0.2 - half, 0.2 + half), abs=1e-6)
-    assert not result.beats
+    assert result.verdict != "better"
     swapped = paired_difference(second, first)
     assert swapped.ci95 == pytest.approx((-result.ci95[1], -result.ci95[0]))
 
@@ -69,7 +69,7 @@ def test_paired_difference_by_hand():
 def test_paired_difference_uses_shared_questions_only():
     first, second = by_question([True] * 40), by_question([False] * 30)
     result = paired_difference(first, second | {"other": [True]})
-    assert result.n == 30 and result.difference == 1.0 and result.beats
+    assert result.n == 30 and result.difference == 1.0 and result.verdict == "better"
     assert paired_difference(first, {"other": [True]}) is None
     assert paired_difference(first, {"0": []}) is None
 
@@ -94,4 +94,4 @@ def test_paired_bootstrap_for_several_answers():
     second = {str(i): [True, i % 3 > 1] for i in range(90)}
     result = paired_difference(first, second, seed=1)
     assert result.difference == pytest.approx(1 / 6)
-    assert result.beats and result.ci95[0] < 1 / 6 < result.ci95[1]
+    assert result.verdict == "better" and result.ci95[0] < 1 / 6 < result.ci95[1]

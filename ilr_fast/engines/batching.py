@@ -34,6 +34,7 @@ class Request:
 
     @property
     def sampled(self) -> list[int]:
+        """The tokens sampled so far."""
         return self.tokens[self.prompt :]
 
 
@@ -47,10 +48,12 @@ class Step:
 
     @property
     def copies(self) -> list[Copy]:
+        """Prefixes that are copied from one slot into others."""
         return [Copy(source, tuple(targets), length) for (source, length), targets in self.prefixes.items()]
 
     @property
     def requests(self) -> list[Request]:
+        """All requests that a step gives a token to."""
         return [*self.pieces, *self.shares_row_of]
 
 
@@ -67,6 +70,7 @@ class Batcher:
 
     @property
     def idle(self) -> bool:
+        """Whether nothing waits and nothing runs."""
         return not self.queue and not self.running
 
     def schedule(self) -> Step:

@@ -68,6 +68,7 @@ class SlotCache:
         return self._layers[number]
 
     def bytes(self) -> int:
+        """What keys and values take."""
         return sum(t.numel() * t.element_size() for tensors in self._layers.values() for t in tensors)
 
 

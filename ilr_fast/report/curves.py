@@ -36,11 +36,6 @@ MACHINE: tuple[Row, ...] = (
 )
 
 
-def label_of(arms: Sequence[Arm], arm: Arm, agent: str) -> str:
-    """What a curve is called: the agent of the only arm, or the arm (figures are by agent then)."""
-    return agent if len(arms) == 1 else arm.label
-
-
 def labels_of(arms: Sequence[Arm]) -> list[str]:
     """All names of curves, in the order of their colours."""
     return arms[0].agents if len(arms) == 1 else list(dict.fromkeys(arm.label for arm in arms))
