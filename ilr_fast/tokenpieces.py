@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+PROBE = "Question: What is 12 + 7?\nAnswer:  é 😀 "
 
 class Part(NamedTuple):
     """A stretch of a prompt: the template's own text, or content."""
@@ -47,6 +48,7 @@ class TokenPieces:
         self._forbidden = self._ids if written else self._ids - {unknown}
         longest_first = sorted(self.specials, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._backend = self._find_backend(PROBE + "".join(longest_first[:1]))
         self._guard = self._find_guard()
 
     def split(self, text: str) -> list[str]:
@@ -112,7 +114,19 @@ class TokenPieces:
         return list(ids[len(guard) :]) if ids[: len(guard)] == guard else list(self._encode(text))
 
     def _encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        backend = self._backend
+        if backend is None or backend.truncation or backend.padding:
+            return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        backend.encode_special_tokens = True  # transformers sets it as it wants it at each of its calls
+        return backend.encode(text, add_special_tokens=False).ids
+
+    def _find_backend(self, probe: str) -> Any:
+        """What encodes below transformers, whose own call sets threads going for a batch of one; None where it is not
+        known to be the same."""
+        self._backend = None
+        wanted = self._encode(probe)
+        self._backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        return self._backend if self._encode(probe) == wanted else None
 
     def _find_guard(self) -> str:
         """A text to encode before another, for tokenizers that add a space at the start of a text alone (Llama 2).

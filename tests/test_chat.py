@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from ilr_fast.chat import ChatFormat
 from ilr_fast.errors import UserError
 from ilr_fast.quoting import RoleMarks, quote
+from ilr_fast.tokenpieces import TokenPieces
 from ilr_fast.types import Message
 
 FAMILIES = families()
@@ -252,3 +253,27 @@ def test_the_small_models_cannot_be_forged():
             assert structure(chat, chat.follow(hostile, "stop")) == structure(chat, chat.follow("fine", "stop"))
         assert not chat.rewrites_earlier_turns()
         assert fine[:1] == ([tokenizer.bos_token_id] if template is None or "gemma" in name else fine[:1])
+
+
+@EVERY
+def test_texts_are_encoded_as_the_tokenizer_itself_does_whoever_used_it_before(family):
+    pieces, tokenizer = chat_of(family)._pieces, FAMILIES[family][0]
+    assert pieces._backend is not None
+    for text in (QUESTION, "  é 😀\n\n", *HOSTILE):
+        wanted = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        tokenizer([text, QUESTION], padding=tokenizer.pad_token is not None, truncation=True, max_length=3)
+        assert pieces._encode(text) == wanted
+        assert tokenizer(text, add_special_tokens=False).input_ids == tokenizer.backend_tokenizer.encode(
+            text, add_special_tokens=False
+        ).ids  # special tokens are special again for others
+
+
+def test_a_tokenizer_that_does_more_than_its_backend_is_asked_itself():
+    class Lower(PreTrainedTokenizerFast):
+        def __call__(self, text, **more):
+            return super().__call__(text.lower(), **more)
+
+    tokenizer = FAMILIES["plain"][0] if "plain" in FAMILIES else next(iter(FAMILIES.values()))[0]
+    lower = Lower(tokenizer_object=tokenizer.backend_tokenizer, eos_token=tokenizer.eos_token)
+    pieces = TokenPieces(lower, "")
+    assert pieces._backend is None and pieces.plain("Question") == pieces.plain("question")

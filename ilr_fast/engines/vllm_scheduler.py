@@ -69,7 +69,7 @@ def rollout_scheduler(base: Any) -> Any:
             self._until_last_R = np.zeros(slots, np.int64)  # tokens to be taken until the limit
             self._tokens_RT = np.zeros((slots, AT_ONCE * self._block + 4), np.int64)
             self._logps_RT = np.zeros(self._tokens_RT.shape, np.float32)
-            self._stops = np.zeros(0, np.int64)
+            self._ends_V = np.zeros(1, bool)  # whether a token ends a row; the last stands for all that follow
             self._stop_ids: Any = None
             self._settled: list[Any] = []  # outputs that leave with the next step's
 
@@ -152,7 +152,8 @@ def rollout_scheduler(base: Any) -> Any:
                 return False
             ids = [*(one.stop_token_ids or ()), *(() if one.eos_token_id is None else (one.eos_token_id,))]
             if self._stop_ids is None:
-                self._stop_ids, self._stops = ids, np.array(ids, np.int64)
+                self._stop_ids, self._ends_V = ids, np.zeros(max(ids, default=-1) + 2, bool)
+                self._ends_V[ids] = True
             return bool(ids == self._stop_ids)
 
         def _decoding(self) -> _Rows | None:
@@ -244,7 +245,8 @@ def rollout_scheduler(base: Any) -> Any:
                 index_N = np.array(counts)[index_N]
             logp_N = results.logprobs.logprobs[index_N, 0]
             is_row_N = self._generation_R[rows.places_N] == rows.generations_N
-            last_N = (self._until_last_R[rows.places_N] == 1) | ~np.isfinite(logp_N) | np.isin(token_N, self._stops)
+            last_N = (self._until_last_R[rows.places_N] == 1) | ~np.isfinite(logp_N)
+            last_N |= self._ends_V[np.minimum(token_N, len(self._ends_V) - 1)]
             goes_on_N = is_row_N & ~last_N
             places_N = rows.places_N[goes_on_N]
             taken_N = self._taken_R[places_N]
