@@ -56,6 +56,12 @@ class EngineConfig:
     weights: Literal["share", "copy", "auto"] = key(
         "share", "vllm: the trainer's own weights, a copy after every update, or shared where that can be."
     )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = key(
+        "auto", "vllm, with `weights: copy`: precision of the engine's own weights; auto: the trainer's."
+    )
+    quantization: Literal["none", "fp8"] = key(
+        "none", "vllm, with `weights: copy`: 8-bit weights of its linear layers, made anew after every update."
+    )
     cache_gib: float | None = key(
         None, "vllm: GiB for keys and values; null: enough for all slots, at most a quarter of free memory.", low=0
     )

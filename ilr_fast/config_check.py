@@ -106,6 +106,26 @@ def _engine(agent: AgentConfig, path: str) -> Iterator[Finding]:
         f"{path}.device",
         "use `cuda`, and CUDA_VISIBLE_DEVICES to choose the device",
     )
+    own = engine.dtype != "auto" or engine.quantization != "none"
+    remedy = "use `copy`, or leave engine.dtype and engine.quantization out"
+    yield (
+        vllm and own and engine.weights == "share",
+        "an engine of another precision has no weights of the trainer's",
+        f"{path}.engine.weights",
+        remedy,
+    )
+    yield (
+        engine.quantization != "none" and agent.train == "lora",
+        "adapters on an engine's 8-bit weights were not tested",
+        f"{path}.engine.quantization",
+        "leave it out, or use `train: full`",
+    )
+    yield (
+        engine.quantization != "none" and agent.device == "cpu",
+        "8-bit weights need a GPU",
+        f"{path}.engine.quantization",
+        "leave it out",
+    )
     if engine.exact:
         reason = "an exact engine "
         yield agent.train == "lora", reason + "with adapters", f"{path}.train", "use `train: full`"
@@ -115,7 +135,7 @@ def _engine(agent: AgentConfig, path: str) -> Iterator[Finding]:
         remedy = "leave that out"
         yield agent.fused_layers == "off", reason + "without fused layers", f"{path}.fused_layers", remedy
         yield agent.device == "cpu", reason + "on the CPU", f"{path}.engine.exact", "use a GPU, or leave it out"
-    for key in ("weights", "cache_gib", "exact", "tokens_in_flight", "fast_start"):
+    for key in ("weights", "dtype", "quantization", "cache_gib", "exact", "tokens_in_flight", "fast_start"):
         given = getattr(engine, key) != getattr(plain, key)
         yield not vllm and given, "a setting of vLLM's", f"{path}.engine.{key}", "set `engine.name: vllm`, or remove it"
 

@@ -174,14 +174,15 @@ def _step(agent: AgentConfig, shape: ModelShape, size: int, gradients: int) -> i
 def _cache(engine: EngineConfig, shape: ModelShape, size: int, use: Use) -> int:
     if engine.name == "vllm" and engine.cache_gib is not None:
         return int(engine.cache_gib * GIB)
-    return cache_tokens(engine, use) * shape.cache_per_token() * size
+    return cache_tokens(engine, use) * shape.cache_per_token() * engine_size(engine, size)
 
 
 def _engine(agent: AgentConfig, shape: ModelShape, size: int, use: Use) -> int:
     """The engine's work space in its largest step, and vLLM's own copy of the weights where it has one."""
     slots, vocabulary = agent.engine.slots, shape.head.rows
     if agent.engine.name == "vllm":
-        copy = shape.count() * size if agent.engine.weights == "copy" else 0
+        copy = _copied(agent.engine, shape, size) if agent.engine.weights == "copy" else 0
+        size = engine_size(agent.engine, size)
         logits = min(slots, 1024) * vocabulary * (size + 12)
         return copy + max(forward_bytes(shape, VLLM_TOKENS, size=size), logits)
     rows = min(slots, logit_rows(use.device, vocabulary))
@@ -192,11 +193,24 @@ def _engine(agent: AgentConfig, shape: ModelShape, size: int, use: Use) -> int:
     )
 
 
+def engine_size(engine: EngineConfig, size: int) -> int:
+    """Bytes of a number that the engine computes with, where a weight of the trainer's has `size`."""
+    return size if engine.dtype == "auto" else SIZES[engine.dtype]
+
+
+def _copied(engine: EngineConfig, shape: ModelShape, size: int) -> int:
+    """vLLM's own weights; what it makes 8 bits of, one layer's at a time, is not counted."""
+    size = engine_size(engine, size)
+    quantized = sum(m.size for m in shape.linears) if engine.quantization != "none" else 0
+    return shape.count() * size - quantized * (size - 1)
+
+
 def _graphs(engine: EngineConfig, shape: ModelShape, size: int, use: Use) -> int:
     """vLLM's CUDA graphs, which hold what their largest step computes with."""
     if engine.name != "vllm" or use.device == "cpu":
         return 0
-    return GRAPHS + forward_bytes(shape, GRAPH_TOKENS + min(engine.slots, 1024), size=size)
+    tokens = GRAPH_TOKENS + min(engine.slots, 1024)
+    return GRAPHS + forward_bytes(shape, tokens, size=engine_size(engine, size))
 
 
 def _attending(agent: AgentConfig, shape: ModelShape, size: int, use: Use) -> int:

@@ -22,7 +22,7 @@ engine by engines/vllm_lora.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from ilr_fast.errors import UserError
 
 EMBEDDED = "use `engine.name: embedded`"
+Reload = Callable[[Iterable[tuple[str, Tensor]]], None]
 REMEDY = "set `engine.weights: copy` (or `auto`, which shares where it can)"
 
 
@@ -43,9 +44,12 @@ class CannotShare(UserError):
 
 
 def connect(
-    model: nn.Module, engine_model: nn.Module, how: str, device: torch.device, where: str
+    model: nn.Module, engine_model: nn.Module, how: str, device: torch.device, where: str, reload: Reload | None = None
 ) -> WeightCopy | None:
-    """Shares the weights (None), or makes the copy and returns what keeps it up to date; `how` is engine.weights."""
+    """Shares the weights (None), or makes the copy and returns what keeps it up to date; `how` is engine.weights.
+
+    `reload`: how an engine takes weights that computes with something else, made of them as they are loaded.
+    """
     if how != "copy":
         try:
             share(model, engine_model, where)
@@ -56,7 +60,7 @@ def connect(
             if how == "share":
                 raise
     model.to(device)
-    copy = WeightCopy(model, engine_model, where)
+    copy = WeightCopy(model, engine_model, where, reload)
     copy()
     return copy
 
@@ -97,13 +101,13 @@ def _check_shared(parameters: dict[str, nn.Parameter], engine_model: nn.Module, 
             raise CannotShare(f"{name} has moved away from the engine's memory", where)
 
 
-def load(model: nn.Module, engine_model: Any, where: str) -> int:
+def load(model: nn.Module, engine_model: Any, where: str, reload: Reload | None = None) -> int:
     """Copies all parameters by the engine's own loader; returns the bytes that were copied."""
     with _without_adapters(engine_model):
-        return _load(base_parameters(model), engine_model, where)
+        return _load(base_parameters(model), engine_model, where, reload)
 
 
-def _load(parameters: dict[str, nn.Parameter], engine_model: Any, where: str) -> int:
+def _load(parameters: dict[str, nn.Parameter], engine_model: Any, where: str, reload: Reload | None = None) -> int:
     copied = 0
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -113,6 +117,9 @@ def _load(parameters: dict[str, nn.Parameter], engine_model: Any, where: str) ->
             yield name, parameter.detach()
 
     with torch.no_grad():
+        if reload is not None:
+            reload(tensors())
+            return copied
         loaded = engine_model.load_weights(tensors())
     for name in sorted(set(dict(engine_model.named_parameters())) - set(loaded)):
         raise UserError(f"the trainer's model has nothing for {name}", f"{where}.engine.name", EMBEDDED)
@@ -125,17 +132,17 @@ class WeightCopy:
     All of them: torch's fused AdamW does not count its writes (`Tensor._version`), so nothing tells what has changed.
     """
 
-    def __init__(self, model: nn.Module, engine_model: nn.Module, where: str):
-        self._model, self._engine_model, self._where = model, engine_model, where
+    def __init__(self, model: nn.Module, engine_model: nn.Module, where: str, reload: Reload | None = None):
+        self._model, self._engine_model, self._where, self._reload = model, engine_model, where, reload
         with _without_adapters(engine_model):
-            for name in base_parameters(model):
+            for name in base_parameters(model) if reload is None else ():
                 if _rows(name, engine_model) is None:
                     kind = type(engine_model).__name__
                     raise UserError(f"{name} has no counterpart in vLLM's {kind}", f"{where}.engine.name", EMBEDDED)
 
     def __call__(self) -> int:
         """Copies every parameter, one after the other; returns the bytes."""
-        return load(self._model, self._engine_model, self._where)
+        return load(self._model, self._engine_model, self._where, self._reload)
 
 
 def base_parameters(model: Any) -> dict[str, nn.Parameter]:

@@ -23,6 +23,7 @@ from ilr_fast.engines import vllm_memory
 from ilr_fast.engines.device_memory import OutOfMemory
 from ilr_fast.errors import UserError
 from ilr_fast.types import Generation, Sampling
+from ilr_fast.weights import WeightCopy
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
@@ -130,6 +131,45 @@ def test_an_optimizer_step_is_seen(weights: str) -> None:
     prompt = prompts_of([30])[0]
     result = run(engine, [prompt], [Sampling(8, seed=1)])[0]
     assert result.logps == expected(model, prompt, result)
+
+
+def test_an_engine_of_another_precision_gets_every_update() -> None:
+    model = small_model("llama")
+    with pytest.raises(UserError, match=r"tokens.weight is .*float32 in the trainer and .*bfloat16 in the engine"):
+        engine_for(model, dtype=torch.bfloat16)
+    engine = engine_for(model, dtype=torch.bfloat16, weights="copy")
+    assert {p.dtype for p in engine._core.model.parameters()} == {torch.bfloat16} and model.dtype == torch.float32
+    prompt, sampling = prompts_of([60])[0], [Sampling(12, seed=n) for n in range(8)]
+
+    def difference() -> float:
+        results = run(engine, [prompt] * 8, sampling)
+        pairs = [zip(r.logps, log_probs(model, prompt, r.tokens, 1.0), strict=True) for r in results]
+        return max(abs(a - b) for pair in pairs for a, b in pair)
+
+    assert 1e-4 < difference() < 0.3, "the engine rounds"
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight.mul_(-3)
+    engine.forget()
+    assert difference() > 1
+    engine.weights_changed()
+    assert difference() < 0.3
+
+
+def test_weights_that_the_engine_makes_something_else_of_come_through_its_reloading() -> None:
+    model = small_model("qwen2", tied=True)
+    engine = engine_for(model, weights="copy")
+    places = {name: p.data_ptr() for name, p in engine._core.model.named_parameters()}
+    engine._copy = WeightCopy(model, engine._core.model, "here", engine._core.reload)
+    prompt, sampling = prompts_of([60])[0], Sampling(8, temperature=0)
+    before = run(engine, [prompt], [sampling])[0]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.3)
+    engine.weights_changed()
+    after = run(engine, [prompt], [sampling])[0]
+    assert after.logps != before.logps and after.logps == expected(model, prompt, after)
+    found = {name: p.data_ptr() for name, p in engine._core.model.named_parameters()}
+    assert found == places, "CUDA graphs read where they were captured"
 
 
 def test_forgetting_drops_the_cache_and_copies_no_weights() -> None:

@@ -154,6 +154,19 @@ def test_four_bits_take_less_than_sixteen_and_a_cpu_computes_in_float32():
     ]  # fmt: skip
 
 
+def test_an_engine_of_another_precision_takes_what_its_own_numbers_take():
+    shape, use = shape_of(small_model("llama").config), Use("cuda:0", 64)
+
+    def planned(**more):
+        engine = EngineConfig(name="vllm", weights="copy", slots=4, **more)
+        return memory_of(agent(engine=engine, dtype="float32"), shape, use)
+
+    plain, halved, eighth = planned(), planned(dtype="bfloat16"), planned(dtype="bfloat16", quantization="fp8")
+    assert plain.cache == 2 * halved.cache and plain.weights == halved.weights
+    assert plain.engine - halved.engine >= 2 * shape.count()
+    assert halved.engine - eighth.engine == sum(m.size for m in shape.linears)
+
+
 def test_a_step_of_the_embedded_engine_is_planned_as_it_is_cut(tmp_path):
     trainer = make_agent(save_model(tmp_path, "llama"))
     engine = EmbeddedEngine(trainer.model, trainer.tokenizer, slots=4)

@@ -39,7 +39,8 @@ def trainers_kernel(model: Any, core: Core, exact: bool, where: str) -> RaggedKe
     `exact`: the engine's log-probs are the trainer's from then on. UserError: see `exact_kernel`.
     """
     if not exact:
-        return engines_kernel(core.model)
+        same = next(core.model.parameters()).dtype == model.dtype
+        return engines_kernel(core.model) if same else None
     kernel = exact_kernel(model, core.model, where)
     TrainersLogps(core.worker.model_runner, core.model, lm_head_of(model))
     return kernel

@@ -74,7 +74,8 @@ class VllmEngine:
         self._core = open_core(model, options, where, device)
         self.max_context = self._core.max_context
         self._model, self._where = model, where
-        self._copy = connect(model, self._core.model, weights, device, where)
+        reload = self._core.reload if options.quantization else None
+        self._copy = connect(model, self._core.model, weights, device, where, reload)
         self._adapter = None
         if hasattr(model, "peft_config"):
             self._adapter = Adapter(model, self._core.worker, where)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import re
 import tempfile
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import metadata
@@ -49,7 +50,8 @@ class CoreOptions:
     """What an agent's engine is opened with.
 
     `cache_gib` None: room for all slots, at most a quarter of free memory. `tokens_in_flight` None: as the cache holds.
-    `sleeps`: its memory can be given back for a time (regions.py).
+    `sleeps`: its memory can be given back for a time (regions.py). `dtype` None: the model's; `quantization`: how vLLM
+    makes fewer bits of the weights as they are loaded, by its name.
     """
 
     slots: int = 64
@@ -60,6 +62,8 @@ class CoreOptions:
     exact: bool = False
     seed: int = 0
     sleeps: bool = False
+    dtype: torch.dtype | None = None
+    quantization: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +86,11 @@ class Core:
             self.weights.restore()
         if self.cache is not None and cache:
             self.cache.restore()
+
+    def reload(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Takes weights by their names in a checkpoint and makes of them what the engine computes with, in place."""
+        with weights_left_in_place():
+            self.worker.model_runner.reload_weights(weights_iterator=iter(weights))
 
     def close(self) -> None:
         """Gives up keys and values. vLLM's groups and workspace are the process's: they end with its last core."""
@@ -116,7 +125,8 @@ def open_core(model: Any, options: CoreOptions, where: str, device: torch.device
     adapters = lora_arguments(model, where)
     model = model.get_base_model() if adapters else model
     context = context_of(model, options.max_context, where)
-    cache = cache_bytes(model, options.cache_gib, options.slots, context, device, where)
+    dtype = options.dtype or model.dtype
+    cache = cache_bytes(model, dtype, options.cache_gib, options.slots, context, device, where)
     if options.exact:
         check_exact(model, device, where)
     prepare_process(pieces=options.fast_start, exact=options.exact)
@@ -152,7 +162,7 @@ def open_core(model: Any, options: CoreOptions, where: str, device: torch.device
         regions["weights"].steady(worker.get_model().parameters())
         regions["kv_cache"].only(tensors_of(worker.model_runner.kv_caches))
     memory = regions.get("weights"), regions.get("kv_cache")
-    tokens, steps = cache // bytes_per_token(model), Steps(client, stream)
+    tokens, steps = cache // bytes_per_token(model, dtype), Steps(client, stream)
     return Core(client, worker, worker.get_model(), context, cache, tokens, steps, *memory)
 
 
@@ -162,7 +172,7 @@ def plain_llm(model: Any, options: CoreOptions, folder: str, device: torch.devic
 
     save_config(model, folder)
     context = context_of(model, options.max_context, "bench")
-    cache = cache_bytes(model, options.cache_gib, options.slots, context, device, "bench")
+    cache = cache_bytes(model, model.dtype, options.cache_gib, options.slots, context, device, "bench")
     arguments = _arguments(model, options, context, cache, device)
     arguments["scheduling_policy"] = "fcfs"
     with process_kept_as_it_is():
@@ -194,7 +204,8 @@ def _live_on(client: Any) -> None:
 def _arguments(model: Any, options: CoreOptions, context: int, cache: int, device: torch.device) -> dict[str, Any]:
     eager = options.fast_start and device.type == "cpu"
     arguments: dict[str, Any] = {
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": str(options.dtype or model.dtype).removeprefix("torch."),
+        "quantization": options.quantization,
         "load_format": "dummy",
         "runner": "generate",
         "skip_tokenizer_init": True,

@@ -27,10 +27,10 @@ def context_of(model: Any, wanted: int | None, where: str) -> int:
 
 
 def cache_bytes(
-    model: Any, wanted_gib: float | None, slots: int, context: int, device: torch.device, where: str
+    model: Any, dtype: torch.dtype, wanted_gib: float | None, slots: int, context: int, device: torch.device, where: str
 ) -> int:
-    """Bytes for keys and values; UserError where they don't hold one request, or are more than is free."""
-    token = bytes_per_token(model)
+    """Bytes for keys and values in `dtype`; UserError where they don't hold one request, or are more than is free."""
+    token = bytes_per_token(model, dtype)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_host_memory()
     if wanted_gib is not None:
         cache = int(wanted_gib * GIB)
@@ -52,12 +52,12 @@ def cache_bytes(
     return cache
 
 
-def bytes_per_token(model: Any) -> int:
-    """Keys and values of one token in all layers."""
+def bytes_per_token(model: Any, dtype: torch.dtype) -> int:
+    """Keys and values of one token in all layers, in `dtype`."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    return 2 * config.num_hidden_layers * heads * width * dtype.itemsize
 
 
 def _gib(size: float) -> str:

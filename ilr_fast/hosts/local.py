@@ -205,6 +205,8 @@ def _with_vllm(name: str, agent: AgentConfig, config: Config, chat: ChatFormat) 
         fast_start=agent.engine.fast_start,
         sleeps=agent.engine.rests != "never",
         exact=agent.engine.exact,
+        dtype=None if agent.engine.dtype == "auto" else getattr(torch, agent.engine.dtype),
+        quantization=None if agent.engine.quantization == "none" else agent.engine.quantization,
         seed=config.seed,
     )
     with plain_segments():
