@@ -305,6 +305,19 @@ def test_the_command_refuses_an_exact_engine_for_a_family_that_has_none(tmp_path
     assert "no exact forward pass for Gemma3ForCausalLM" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("command", [["plan", "--gpu-memory", "24GiB"], ["train"]])
+@pytest.mark.parametrize(
+    ("engine", "said"), [("max_context: 5000", "5000 tokens, where the model has 4096 positions"),
+                         ("max_context: 1024, cache_gib: 0.0001", "one request of 1024 tokens takes")]
+)  # fmt: skip
+def test_what_vllm_would_refuse_is_said_before_anything_is_made(tmp_path, monkeypatch, capfd, command, engine, said):
+    monkeypatch.setattr("ilr_fast.engines.vllm_core.check_version", lambda where: None)
+    config = str(write_config(tmp_path, save_models(tmp_path / "models")))
+    keys = [f"agents.bob.engine={{name: vllm, {engine}}}"]
+    assert main([command[0], config, *command[1:], *keys]) == 2
+    assert said in capfd.readouterr().err and not (tmp_path / "run").exists()
+
+
 def test_training_refuses_what_does_not_fit_before_anything_is_loaded(tmp_path, monkeypatch, capfd):
     models = save_models(tmp_path / "models")
     monkeypatch.setattr("ilr_fast.hosts.local.open_host", lambda *_: pytest.fail("a model was loaded"))

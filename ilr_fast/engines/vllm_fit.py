@@ -17,13 +17,18 @@ def context_of(model: Any, wanted: int | None, where: str) -> int:
     """Tokens of a request at most: `wanted`, or else the model's own limit; UserError where it has fewer positions."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     context = wanted or limit or 4096
+    check_positions(context, limit, where)
+    return context
+
+
+def check_positions(context: int, limit: int | None, where: str) -> None:
+    """UserError for a context of more tokens than the model has positions; None: unknown."""
     if limit is not None and context > limit:
         raise UserError(
             f"a context of {context} tokens, where the model has {limit} positions",
             f"{where}.engine.max_context",
             f"use at most {limit}, or null",
         )
-    return context
 
 
 def cache_bytes(
@@ -36,13 +41,7 @@ def cache_bytes(
         cache = int(wanted_gib * GIB)
     else:
         cache = min(slots * (context + 128) * token, int(CACHE_SHARE * free))
-    if cache < context * token:
-        raise UserError(
-            f"one request of {context} tokens takes {_gib(context * token)} of keys and values; "
-            f"there are {_gib(cache)} for them",
-            f"{where}.engine.cache_gib",
-            "raise it (null: a quarter of the free memory), or lower engine.max_context",
-        )
+    check_one_request(cache, context, token, where)
     if cache > free:
         raise UserError(
             f"{_gib(cache)} of keys and values, and {_gib(free)} free",
@@ -50,6 +49,17 @@ def cache_bytes(
             "lower it, or free memory",
         )
     return cache
+
+
+def check_one_request(cache: int, context: int, token: int, where: str) -> None:
+    """UserError where `cache` bytes do not hold one request of `context` tokens, of `token` bytes each."""
+    if cache < context * token:
+        raise UserError(
+            f"one request of {context} tokens takes {_gib(context * token)} of keys and values; "
+            f"there are {_gib(cache)} for them",
+            f"{where}.engine.cache_gib",
+            "raise it (null: a quarter of the free memory), or lower engine.max_context",
+        )
 
 
 def bytes_per_token(model: Any, dtype: torch.dtype) -> int:
