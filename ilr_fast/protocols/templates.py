@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ class Prompts:
         return messages
 
 
+@lru_cache(maxsize=256)  # all samples of a question ask the same
 def fill(text: str, /, **values: str) -> str:
     """The text with its placeholders filled, in one pass; one that is empty leaves no blank line or space behind.
 

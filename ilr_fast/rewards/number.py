@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import re
 from decimal import Decimal
+from functools import lru_cache
 
 from ilr_fast.rewards.base import BaseGrader, last_boxed
 from ilr_fast.types import Grade, Question
@@ -42,6 +43,7 @@ class NumberGrader(BaseGrader):
         return self.verdict(number == wanted, formatted, None if number is None else f"{number:f}")
 
 
+@lru_cache(maxsize=1024)  # samples of a question give the same answers
 def read_number(text: str) -> Decimal | None:
     """The number that a text commits to on its first line; None where it holds none, or several."""
     line = next((line.strip() for line in text[: 2 * LONGEST_LINE].splitlines() if line.strip()), "")
