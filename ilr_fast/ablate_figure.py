@@ -68,6 +68,7 @@ def _draw_curves(axis: Any, found: Sequence[Mapping[str, Any]], agent: str) -> N
             axis.fill_between(steps, lows, highs, color=COLOURS[method], alpha=0.12, linewidth=0)
     axis.set(title=f"{agent}: first answers in training", xlabel="step", ylabel="right, %")
     axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set_ylim(bottom=0)
     axis.grid(alpha=0.25)
     if axis.lines:
         axis.legend(frameon=False, fontsize=8)

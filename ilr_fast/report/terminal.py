@@ -27,7 +27,8 @@ def print_content(console: Console, content: Content) -> None:
     for run in content.runs:
         console.print(f"[bold]{escape(run.name)}[/]  {escape(status(run))}", highlight=False)
         if run.failures:
-            console.print(f"[yellow]{len(run.failures)} failures were recorded[/]", highlight=False)
+            what = "failure was" if len(run.failures) == 1 else "failures were"
+            console.print(f"[yellow]{len(run.failures)} {what} recorded[/]", highlight=False)
     if not content.groups:
         console.print("no evaluation yet", style="dim")
     with_arm = len(content.arms) > 1

@@ -120,7 +120,8 @@ def dots(
         return None
     several = len({row["series"] for row in rows}) > 1
     place: Spec = {"field": "name", "title": across or None, "type": "nominal", "sort": list(names),
-                   "axis": {"labelAngle": 0, "grid": False, "labelLimit": 170}}  # fmt: skip
+                   "axis": {"labelAngle": 0, "grid": False, "labelLimit": 170,
+                            **({} if upright else {"labelPadding": 10})}}  # a point at 0 stands on the axis, fmt: skip
     if numeric:
         place |= {"type": "quantitative", "sort": None, "scale": {"zero": False, "padding": 12}}
     value = _value(axis, rows)
