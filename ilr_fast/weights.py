@@ -24,7 +24,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -95,10 +96,11 @@ def check_shared(model: nn.Module, engine_model: nn.Module, where: str) -> None:
 
 
 def _check_shared(parameters: dict[str, nn.Parameter], engine_model: nn.Module, where: str) -> None:
-    for name, parameter in parameters.items():
-        view = _view(name, parameter, engine_model, where)
-        if parameter.data_ptr() != view.data_ptr() or parameter.stride() != view.stride():
-            raise CannotShare(f"{name} has moved away from the engine's memory", where)
+    with torch._C.DisableTorchFunctionSubclass():  # vLLM's parameters are of a class of its own: each call takes 5 µs
+        for name, parameter in parameters.items():
+            view = _view(name, parameter, engine_model, where)
+            if parameter.data_ptr() != view.data_ptr() or parameter.stride() != view.stride():
+                raise CannotShare(f"{name} has moved away from the engine's memory", where)
 
 
 def load(model: nn.Module, engine_model: Any, where: str, reload: Reload | None = None) -> int:
@@ -195,21 +197,42 @@ def _view(name: str, parameter: Tensor, engine_model: nn.Module, where: str) -> 
 
 def _rows(name: str, engine_model: Any) -> tuple[Tensor, bool] | None:
     """The engine's tensor for a name of the trainer's, and whether it may have rows more (an embedding's padding)."""
+    places = _places.setdefault(engine_model, {})
+    if name not in places:
+        places[name] = _place(name, engine_model)
+    place = places[name]
+    whole = None if place is None else getattr(place.module, place.kind, None)
+    if place is None or not isinstance(whole, Tensor):
+        return None
+    if not place.sizes:
+        return whole.data, hasattr(place.module, "org_vocab_size")
+    if whole.shape[0] != sum(place.sizes):
+        return None
+    return whole.data.narrow(0, sum(place.sizes[: place.part]), place.sizes[place.part]), False
+
+
+class _Place(NamedTuple):
+    """Which tensor of an engine's module, and which of its parts (rows of `sizes`, one after the other)."""
+
+    module: Any
+    kind: str
+    sizes: tuple[int, ...] = ()
+    part: int = 0
+
+
+_places: WeakKeyDictionary[Any, dict[str, _Place | None]] = WeakKeyDictionary()  # of each engine's model
+
+
+def _place(name: str, engine_model: Any) -> _Place | None:
     packed: dict[str, list[str]] = getattr(engine_model, "packed_modules_mapping", None) or {}
     path, _, kind = name.rpartition(".")
     parent, _, child = path.rpartition(".")
     for fused, parts in packed.items():
         if child in parts and (module := _submodule(engine_model, f"{parent}.{fused}".lstrip("."))) is not None:
-            sizes, place = list(module.output_sizes), parts.index(child)
-            whole = getattr(module, kind, None)
-            if whole is None or len(sizes) != len(parts) or whole.shape[0] != sum(sizes):
-                return None
-            return whole.data.narrow(0, sum(sizes[:place]), sizes[place]), False
+            sizes = tuple(module.output_sizes)
+            return _Place(module, kind, sizes, parts.index(child)) if len(sizes) == len(parts) else None
     module = _submodule(engine_model, path)
-    tensor = None if module is None else getattr(module, kind, None)
-    if not isinstance(tensor, Tensor):
-        return None
-    return tensor.data, hasattr(module, "org_vocab_size")
+    return None if module is None else _Place(module, kind)
 
 
 def _submodule(model: nn.Module, path: str) -> Any:
