@@ -367,6 +367,18 @@ def test_closing_an_engine_leaves_the_others_running_and_new_ones_can_follow() -
         assert result.logps == expected(model, [3, 4, 5], result)
 
 
+def test_a_cores_graphs_are_captured_into_memory_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the cores before it were closed, and their graphs' memory is gone; the GPU is stood in for."""
+    from ilr_fast.engines import vllm_core
+
+    class Platform:
+        _global_graph_pool = "of a core that was closed"
+
+    monkeypatch.setattr(vllm_core, "_open", set())
+    assert vllm_core._stream_of_its_own(Platform(), torch.device("cuda")) is None
+    assert Platform._global_graph_pool is None
+
+
 def test_a_model_without_all_of_its_counterparts_is_refused_for_a_copy_too() -> None:
     model = small_model("gemma2", tied=False)  # vLLM ties its head
     with pytest.raises(UserError, match=r"lm_head\.weight .*\n.*embedded"):

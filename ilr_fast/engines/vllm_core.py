@@ -186,12 +186,15 @@ def _stream_of_its_own(platform: Any, device: torch.device) -> torch.cuda.Stream
 
     The graphs of cores on different streams must not share memory, as vLLM's graphs of one process do, nor a workspace
     of cuBLAS, which torch keeps for the stream that graphs are captured on, by default one for a process. (To clear
-    the workspaces instead would free those that the graphs there are were captured with.)
+    the workspaces instead would free those that the graphs there are were captured with.) The memory of the graphs of a
+    core that was closed is gone: the next one's can't be captured into it.
     """
-    if device.type != "cuda" or not _open:
+    if device.type != "cuda":
+        return None
+    type(platform)._global_graph_pool = None
+    if not _open:
         return None
     torch.cuda.graph.default_capture_stream = None
-    type(platform)._global_graph_pool = None
     return torch.cuda.Stream(device)
 
 
