@@ -6,8 +6,7 @@ Models with random weights, of Qwen2's 1.5B and Llama 3.2's 1B shape, and 256 di
 in flight: with a process for each agent, as under `host: process`, clients of one MPS server where one can be
 started (ilr_fast/hosts/sharing.py; else they take turns on the GPU); and with both engines in one process, driven by
 one event loop, the second one on a CUDA stream of its own. Every round times each agent alone, then both; the processes
-are held against the faster way of one after the other. Then processes of which neither goes first. At last 128
-dialogues each in one process.
+are held against the faster way of one after the other. At last 128 dialogues each in one process.
 
     python -m ilr_benchmarks.rollout_agents '{"family": "qwen", "slots": 256, …}'    # a process: runs for every line
 """
@@ -29,7 +28,7 @@ from ilr_benchmarks.rollout_engine import error_of, options, ratio, speed, start
 from ilr_benchmarks.rollout_load import TURNS, Load, talk
 
 from ilr_fast.errors import UserError
-from ilr_fast.hosts.sharing import BEHIND, served
+from ilr_fast.hosts.sharing import served
 
 TARGET = 1.1
 Row = dict[str, Any]
@@ -61,8 +60,6 @@ def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> Iterator[d
     yield from ratio(f"both, {way}, beside the faster way of one after the other", shape, faster, apart[1], TARGET)
     for family, error in zip(FAMILIES, errors, strict=True):
         yield row(f"{family} beside the other engine", shape, [], error=error(), status="right")
-    if device == "cuda":
-        yield from _equals(slots, rounds, quick, device, faster)
     if only_ours:
         return
     half = [load.generated for _, load in fewer]
@@ -71,38 +68,18 @@ def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> Iterator[d
 
 def _apart(slots: int, rounds: int, quick: bool, device: str) -> Generator[Row, None, tuple[Times, str]]:
     """Rows of a process each; the seconds of one after the other and of both, and how the GPU was shared."""
-    shape = _shape(slots, quick)
-    with _crew(slots, quick, device, BEHIND) as (processes, told, served_by_mps):
-        way = "a process each" + (", MPS" if served_by_mps else "")
+    shape, given = _shape(slots, quick), dict(slots=slots, quick=quick, device=device)
+    with served(device == "cuda") as environment, contextlib.ExitStack() as stack:
+        way = "a process each" + (", MPS" if environment else "")
+        processes = [_process({"family": family, **given}, environment) for family in FAMILIES]
+        for process in processes:
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+        told = [json.loads(_answer(process)) for process in processes]  # they have warmed up
         times = yield from _rows(way, shape, rounds, [one["tokens"] for one in told], *_two_processes(processes))
         for family, one in zip(FAMILIES, told, strict=True):
             yield row(f"{family}, {way}", shape, [], error=one["error"], status="right")
     return times, way
-
-
-def _equals(slots: int, rounds: int, quick: bool, device: str, after: list[float]) -> Iterator[Row]:
-    """The same where neither agent goes first, beside the faster way of one after the other."""
-    with _crew(slots, quick, device, {}) as (processes, _, served_by_mps):
-        if served_by_mps:
-            _, both = _two_processes(processes)
-            both()
-            seconds = [both() for _ in range(min(rounds, 2))]
-            yield from ratio("both, MPS, neither first", _shape(slots, quick), after, seconds)
-
-
-@contextlib.contextmanager
-def _crew(
-    slots: int, quick: bool, device: str, behind: dict[str, str]
-) -> Iterator[tuple[list[Any], list[dict[str, Any]], bool]]:
-    """A process for each agent, warmed up, what each told, and whether MPS serves them; the second one is `behind`."""
-    given = dict(slots=slots, quick=quick, device=device)
-    with served(device == "cuda") as environment, contextlib.ExitStack() as stack:
-        places = [environment, environment | (behind if environment else {})]
-        processes = [_process({"family": f, **given}, place) for f, place in zip(FAMILIES, places, strict=True)]
-        for process in processes:
-            stack.callback(process.wait)
-            stack.callback(process.kill)
-        yield processes, [json.loads(_answer(process)) for process in processes], bool(environment)
 
 
 def _shape(dialogues: int, quick: bool) -> str:

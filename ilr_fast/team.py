@@ -146,15 +146,14 @@ def _residencies(
 def _start(config: Config, logs: Path, stack: ExitStack) -> dict[str, ProcessHost]:
     """Starts the processes of those agents that have one; they load when they are opened."""
     from ilr_fast.hosts.process import ProcessHost
-    from ilr_fast.hosts.sharing import BEHIND, served
+    from ilr_fast.hosts.sharing import served
 
     crew: list[Link] = []
     hosts = {}
     environment = stack.enter_context(served(config.mps == "auto" and _share_a_gpu(config)))
-    behind = _behind(config) if environment else set()
     for name, agent in config.agents.items():
         if agent.host == "process":
-            hosts[name] = ProcessHost(name, config, logs, crew, environment | (BEHIND if name in behind else {}))
+            hosts[name] = ProcessHost(name, config, logs, crew, environment)
             stack.callback(hosts[name].close)
     return hosts
 
@@ -169,13 +168,3 @@ def _share_a_gpu(config: Config) -> bool:
         return apart and device_of(agent, f"agents.{name}").type == "cuda"
 
     return any(sum(map(there, names)) > 1 for names in by_device(config).values())
-
-
-def _behind(config: Config) -> set[str]:
-    """The agents that are smaller than another one on their device."""
-    from ilr_fast.model_shape import model_shape
-
-    sizes = {name: model_shape(agent.model, f"agents.{name}.model").count() for name, agent in config.agents.items()}
-    return {
-        name for names in by_device(config).values() for name in names if sizes[name] < max(sizes[n] for n in names)
-    }

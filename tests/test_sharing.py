@@ -10,16 +10,15 @@ import time
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from end_to_end import agent, save_models, write_config
 
-from ilr_fast import loading, model_shape, team
+from ilr_fast import loading, team
 from ilr_fast.config_parse import load_config
 from ilr_fast.hosts import sharing
-from ilr_fast.hosts.sharing import DAEMON, LOGS, PIPES, PRIORITY, served
+from ilr_fast.hosts.sharing import DAEMON, LOGS, PIPES, served
 
 # Listens until it is told to quit; both of its ways to be called, as NVIDIA's.
 FAKE = """#!/bin/sh
@@ -114,11 +113,8 @@ def test_workers_are_its_clients(notes, tmp_path, monkeypatch):
     def clients(mps: str) -> list[bool]:
         with ExitStack() as stack:
             hosts = team._start(replace(config, mps=mps), tmp_path, stack).values()
-            told = [Path(f"/proc/{host.pid}/environ").read_bytes() for host in hosts]
-            assert [f"{PRIORITY}=1".encode() in one for one in told] == [False, mps == "auto"]
-            return [f"{PIPES}=".encode() in one for one in told]
+            return [f"{PIPES}=".encode() in Path(f"/proc/{host.pid}/environ").read_bytes() for host in hosts]
 
-    monkeypatch.setattr(team, "_behind", lambda config: {"bob"})
     assert clients("never") == [False, False] and not (notes / "pid").exists()
     assert clients("auto") == [True, True] and gone(notes, 0)
 
@@ -139,19 +135,3 @@ def test_who_shares(tmp_path, monkeypatch):
     assert not shares("cuda", "process", "local") and not shares("cpu", "process", "process")
     assert not shares("cuda", "process", "process", device="cuda:1")
     assert not shares("cuda", "process", "process", sleep="turns")
-
-
-def test_who_goes_first(tmp_path, monkeypatch):
-    models = save_models(tmp_path / "models")
-
-    def behind(*hosted: str) -> set[str]:
-        """Of agents a (the largest), b, c and d (as c) on these devices."""
-        agents = {name: agent(models, "ada", device=device) for name, device in zip("abcd", hosted, strict=False)}
-        sizes = dict(zip(agents, (9, 5, 3, 3), strict=False))
-        shapes = (SimpleNamespace(count=lambda size=size: size) for size in sizes.values())
-        monkeypatch.setattr(model_shape, "model_shape", lambda model, where: next(shapes))
-        return team._behind(load_config(str(write_config(tmp_path, models, agents=agents))))
-
-    assert behind("cuda", "cuda", "cuda") == {"b", "c"}
-    assert behind("cuda", "cuda:1", "cuda:2", "cuda:2") == set()
-    assert behind("cuda", "cuda", "cuda:1", "cuda:1") == {"b"}

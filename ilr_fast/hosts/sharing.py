@@ -4,11 +4,8 @@ A GPU is one process's at a time, a slice of some milliseconds each, unless they
 kernels of all run beside each other, and what one process leaves idle another one uses. The service is a daemon without
 any rights or settings of its own; here it belongs to the run alone, on pipes in a folder of its own, and ends with it.
 
-Of two agents that talk to each other the larger one needs longer, and the dialogues are over when it is done. So it
-goes first, and the kernels of the others (`BEHIND`) fill what it leaves.
-
     with served(shared) as environment:      # {} where nothing is shared or the service is not to be had
-        ProcessHost(…, environment | BEHIND)
+        ProcessHost(…, environment)
 
     python -m ilr_fast.hosts.sharing DAEMON FOLDER    # keeps the daemon until its standard input ends, by a kill too
 """
@@ -29,8 +26,6 @@ from tempfile import TemporaryDirectory
 
 DAEMON = "nvidia-cuda-mps-control"
 PIPES, LOGS = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
-PRIORITY = "CUDA_MPS_CLIENT_PRIORITY"
-BEHIND = {PRIORITY: "1"}  # kernels of the other clients are begun first
 _OWN_PIPES = Path("/tmp/nvidia-mps/control")  # where a daemon listens that is told nothing
 _STARTS, _ENDS = 10.0, 3.0  # seconds that the daemon may take
 
