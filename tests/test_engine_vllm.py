@@ -172,6 +172,15 @@ def test_weights_that_the_engine_makes_something_else_of_come_through_its_reload
     assert found == places, "CUDA graphs read where they were captured"
 
 
+def test_vllm_knows_the_quantizations_by_their_names() -> None:
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
+
+    from ilr_fast.hosts.local import QUANTIZATIONS
+
+    names = [name for name in QUANTIZATIONS.values() if name is not None]
+    assert names and set(names) <= set(QUANTIZATION_METHODS) and all(map(get_quantization_config, names))
+
+
 def test_forgetting_drops_the_cache_and_copies_no_weights() -> None:
     model = small_model("llama")
     engine = engine_for(model, weights="copy")

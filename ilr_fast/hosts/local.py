@@ -37,6 +37,7 @@ from ilr_fast.parked import Parked, tensors_in
 from ilr_fast.residency import by_device
 from ilr_fast.types import Generation, Residence, Sampling, StepResult, TrainingSequence
 
+QUANTIZATIONS = {"none": None, "fp8": "fp8_per_tensor"}  # what vLLM calls them
 TURNS = "lower micro_batch_tokens or engine.cache_gib, or free memory"
 
 
@@ -206,7 +207,7 @@ def _with_vllm(name: str, agent: AgentConfig, config: Config, chat: ChatFormat) 
         sleeps=agent.engine.rests != "never",
         exact=agent.engine.exact,
         dtype=None if agent.engine.dtype == "auto" else getattr(torch, agent.engine.dtype),
-        quantization=None if agent.engine.quantization == "none" else agent.engine.quantization,
+        quantization=QUANTIZATIONS[agent.engine.quantization],
         seed=config.seed,
     )
     with plain_segments():
