@@ -60,7 +60,9 @@ class EngineConfig:
         "auto", "vllm, with `weights: copy`: precision of the engine's own weights; auto: the trainer's."
     )
     quantization: Literal["none", "fp8"] = key(
-        "none", "vllm, with `weights: copy`: 8-bit weights of its linear layers, made anew after every update."
+        "none",
+        "vllm, with `weights: copy`: 8-bit weights of its linear layers, made anew after every update. "
+        "No rollout with fp8 has been seen running (docs/engines.md).",
     )
     cache_gib: float | None = key(
         None, "vllm: GiB for keys and values; null: enough for all slots, at most a quarter of free memory.", low=0
