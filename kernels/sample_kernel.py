@@ -24,7 +24,7 @@ def weigh_pieces_kernel(
     V,
     S: tl.constexpr,
 ):
-    """A part of a row: its largest logit, the sum of exponentials, and the token that Gumbel noise prefers there."""
+    """A piece of a row: its largest logit and the sum of exponentials."""
     row = tl.program_id(0).to(tl.int64)
     piece = tl.program_id(1)
     o_v = piece * S + tl.arange(0, S)
@@ -53,7 +53,7 @@ def draw_kernel(
     P: tl.constexpr,
     S: tl.constexpr,
 ):
-    """A row's parts together: the token sampled and its log-prob, float32, in nats."""
+    """A row's pieces together: the token sampled and its log-prob, float32, in nats."""
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(p_slot + row)
     noisy = tl.load(p_temperature + slot) > 0
@@ -64,11 +64,11 @@ def draw_kernel(
     top = tl.max(b_max, 0)
     b_w = tl.load(p_sum + row * pieces + o_p, mask=o_p < pieces, other=0.0) * tl.exp(b_max - top)
     total = tl.sum(b_w, 0)
-    piece = tl.where(noisy, drawn(b_w, total, r_0, P), tl.argmax(b_max, 0))
+    piece = tl.where(noisy, drawn(b_w, r_0, P), tl.argmax(b_max, 0))
     o_v = piece * S + tl.arange(0, S)
     b_x = tl.load(p_logits + row * stride + o_v, mask=o_v < V, other=float("-inf")) * scale
     b_e = tl.exp(b_x - tl.load(p_max + row * pieces + piece))
-    lane = tl.where(noisy, drawn(b_e, tl.sum(b_e, 0), r_1, S), tl.argmax(b_x, 0))
+    lane = tl.where(noisy, drawn(b_e, r_1, S), tl.argmax(b_x, 0))
     logit = tl.sum(tl.where(tl.arange(0, S) == lane, b_x, 0.0), 0)
     tl.store(p_sampled + row, tl.minimum(piece * S + lane, V - 1).to(tl.int64))
     tl.store(p_logp + row, logit - top - tl.log(total))
@@ -82,13 +82,15 @@ def scale_of(row, p_slot, p_temperature):
 
 
 @triton.jit
-def drawn(b_w, total, r, B: tl.constexpr):
-    """The first place up to which the weights add up to more than the part of `total` that 32 random bits say.
+def drawn(b_w, r, B: tl.constexpr):
+    """The first place up to which the weights add up to more than the part of their sum that 32 random bits say.
 
-    Of places with a weight; the last of them where rounding leaves none, and 0 where there are no weights.
+    Of places with a weight, 0 where there are none. The part is less than 1 and the sum the largest of those up to a
+    place, so that no rounding leaves the last place, which may be next to impossible.
     """
-    part = total * ((r.to(tl.uint32, bitcast=True).to(tl.float32) + 0.5) * 2.3283064365386963e-10)
+    u = tl.minimum((r.to(tl.uint32, bitcast=True).to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)
     o_b = tl.arange(0, B)
-    first = tl.min(tl.where((tl.cumsum(b_w, 0) > part) & (b_w > 0), o_b, B), 0)
+    b_sum = tl.cumsum(b_w, 0)
+    first = tl.min(tl.where((b_sum > tl.max(b_sum, 0) * u) & (b_w > 0), o_b, B), 0)
     last = tl.max(tl.where(b_w > 0, o_b, 0), 0)
     return tl.where(first < B, first, last)

@@ -92,11 +92,24 @@ def check_not_finite(device: str) -> None:
     assert logp_N.isfinite().tolist() == [True, False] and 0 <= int(tokens_N[1]) < 1100
 
 
+def check_last_bits(device: str) -> None:
+    """Random bits that float32 rounds to all of the weight, for the piece and for the token, draw no unlikely token."""
+    logits_NV = torch.full((2, 9000), -60.0, device=device)
+    logits_NV[:, 5] = 0
+    ends = torch.tensor([20922799, 25266344])  # positions whose first and second bits are 2³² − 17 and 2³² − 122
+    bits = philox(np.array([7, 7]), ends.numpy())
+    assert min(int(bits[0][0]), int(bits[1][1])) >= 2**32 - 128
+    more = (tensor.to(device) for tensor in (torch.zeros(2).int(), torch.ones(1), torch.tensor([7]), ends))
+    tokens_N, _ = sample(logits_NV, *more)
+    assert tokens_N.tolist() == [5, 5]
+
+
 def check_all(device: str) -> None:
     for size in (*SIZES, *(LARGE if device == "cuda" else ())):
         for temperature in (0.0, 0.7):
             check_tokens(device, *size, temperature)
     check_company(device)
     check_not_finite(device)
+    check_last_bits(device)
     if device == "cuda":
         check_distribution(device, 20000)
