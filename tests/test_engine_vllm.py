@@ -298,6 +298,25 @@ def test_a_token_that_holds_a_stop_string_is_the_last_that_is_sampled(llama: Any
     assert engine.stats().tokens_generated - before == place + 1
 
 
+def test_a_token_that_vllm_stops_at_is_an_end_also_where_its_text_is_another_after_others(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A byte that is a line's end alone is none after half a character."""
+    _, engine = llama
+    monkeypatch.setattr(engine._stops, "completed", lambda *_: False)
+    text = tiny_tokenizer().decode(run(engine, [[4, 5]], [Sampling(20, seed=3)])[0].tokens[4:5])
+    ended = run(engine, [[4, 5]], [Sampling(20, seed=3, stop=(text,))])[0]
+    assert ended.finish == "stop" and len(ended.tokens) <= 5
+
+
+def test_parameters_are_kept_for_a_kind_of_request_whatever_its_limit() -> None:
+    from ilr_fast.engines.vllm_requests import Requests
+
+    requests = Requests([2])
+    formed = [requests.sampling(str(n), [4], Sampling(n, seed=n), n, (5,)).sampling_params for n in (3, 4)]
+    assert [(one.max_tokens, one.seed) for one in formed] == [(3, 3), (4, 4)] and len(requests._known) == 1
+
+
 def test_stop_tokens_are_kept_and_contexts_end() -> None:
     model = small_model("llama")
     free = run(engine_for(model, stop_tokens=[], max_context=40), [[4, 5], [3] * 35], [Sampling(50, seed=8)] * 2)

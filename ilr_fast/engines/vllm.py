@@ -246,7 +246,8 @@ class VllmEngine:
                 stopped.append(output.request_id)
             elif output.finish_reason is not None and output.request_id in self._requests:
                 last = request.tokens[-1] if request.tokens else None
-                self._finish(output.request_id, "stop" if last in self._stop_tokens else "length")
+                ended = last in self._stop_tokens or last in self._stops.whole(request.sampling.stop)
+                self._finish(output.request_id, "stop" if ended else "length")
         self._abort(stopped)
 
     def _append(self, name: str, request: Request, output: Any) -> bool:

@@ -42,7 +42,7 @@ class Requests:
     stop_tokens: Iterable[int] = ()
     seeded: bool = True
     lora: Any = None
-    _known: dict[Any, Any] = field(default_factory=dict)  # vLLM's parameters, but for the seed
+    _known: dict[Any, Any] = field(default_factory=dict)  # vLLM's parameters, but for the limit and the seed
 
     def sampling(
         self, name: str, tokens: Sequence[int], sampling: Sampling, limit: int, ends: tuple[int, ...] = ()
@@ -51,10 +51,11 @@ class Requests:
 
         Longer prompts come first.
         """
-        kind = replace(sampling, max_tokens=limit, seed=0), ends
+        kind = replace(sampling, max_tokens=1, seed=0), ends  # near the context's end every request has its own limit
         if kind not in self._known:
             self._known[kind] = self._parameters(*kind)
         parameters = copy.copy(self._known[kind])  # vLLM looks at every stop token of those that it makes
+        parameters.max_tokens = limit
         parameters.seed = sampling.seed & SEEDS if self.seeded and sampling.temperature > 0 else None
         return self._request(name, tokens, parameters, -len(tokens))
 
