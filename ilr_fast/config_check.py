@@ -109,7 +109,7 @@ def _engine(agent: AgentConfig, path: str) -> Iterator[Finding]:
     own = engine.dtype != "auto" or engine.quantization != "none"
     remedy = "use `copy`, or leave engine.dtype and engine.quantization out"
     yield (
-        vllm and own and engine.weights == "share",
+        vllm and own and engine.weights != "copy",
         "an engine of another precision has no weights of the trainer's",
         f"{path}.engine.weights",
         remedy,

@@ -123,6 +123,8 @@ def test_out_of_range_names_the_range(write, text, where, remedy):
          "agents", "the whole process's"),
         (["agents.gemma.engine={name: vllm, dtype: bfloat16}"], "agents.gemma.engine.weights", "of another precision"),
         (["agents.gemma.engine={name: vllm, quantization: fp8}"], "agents.gemma.engine.weights", "another precision"),
+        (["agents.gemma.engine={name: vllm, dtype: bfloat16, weights: auto}"],  # planned without a copy
+         "agents.gemma.engine.weights", "another precision"),
         (["agents.gemma.engine={name: vllm, quantization: fp8, weights: copy}", "agents.gemma.train=lora"],
          "agents.gemma.engine.quantization", "adapters"),
         (["agents.gemma.engine={name: vllm, quantization: fp8, weights: copy}", "agents.gemma.device=cpu"],
