@@ -61,6 +61,16 @@ def test_the_service_lasts_as_long_as_it_is_used(notes, monkeypatch):
     assert (notes / "quit").read_text() == "quit -t 3\n" and gone(notes) and not Path(environment[PIPES]).exists()
 
 
+def test_a_folder_that_can_not_be_removed_ends_no_run(notes, monkeypatch):
+    def refuse(*arguments, **named):
+        raise OSError(39, "Directory not empty")
+
+    with monkeypatch.context() as patched, served(True) as environment:
+        patched.setattr(os, "rmdir", refuse)
+    assert Path(environment[PIPES]).is_dir()
+    Path(environment[PIPES]).rmdir()
+
+
 @pytest.mark.parametrize("seen", ["", "GPU-5ca1ab1e"])
 def test_devices_that_have_names_keep_them(notes, monkeypatch, seen):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)

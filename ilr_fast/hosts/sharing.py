@@ -41,7 +41,9 @@ def served(shared: bool) -> Iterator[dict[str, str]]:
     if daemon is None:
         yield {}
         return
-    with TemporaryDirectory(prefix="ilr-fast-mps-") as folder, contextlib.ExitStack() as stack:
+    # a server may still write its log when the folder goes
+    temporary = TemporaryDirectory(prefix="ilr-fast-mps-", ignore_cleanup_errors=True)
+    with temporary as folder, contextlib.ExitStack() as stack:
         keeper = stack.enter_context(_keeper(daemon, folder))
         said = keeper.stdout.readline().strip()  # type: ignore[union-attr]
         if said != "listens":
