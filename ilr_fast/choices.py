@@ -61,10 +61,10 @@ def _gpqa(row: Mapping[str, Any]) -> tuple[str, list[Any], int]:
 def _mmlu_pro(row: Mapping[str, Any]) -> tuple[str, list[Any], int]:
     options: list[Any] = row["options"]
     answer = str(row.get("answer", "")).strip().strip("()").upper()
-    told = row.get("answer_index", -1)
+    told = row.get("answer_index")
     index = LETTERS.find(answer) if len(answer) == 1 else told
     if not isinstance(index, int) or not 0 <= index < len(options):
         raise ValueError(f"the answer {row.get('answer')!r} is none of the {len(options)} options")
-    if "answer_index" in row and told != index:
+    if told is not None and told != index:
         raise ValueError(f"the answer is {answer} and answer_index {told}, another option")
     return str(row["question"]).strip(), options, index

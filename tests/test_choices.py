@@ -9,6 +9,7 @@ import pytest
 
 from ilr_fast import benchmark_sets
 from ilr_fast.benchmark_sets import load_benchmark
+from ilr_fast.choices import as_question
 from ilr_fast.config import AgentConfig, Config, DataConfig, EvaluateConfig
 from ilr_fast.data import load_questions
 from ilr_fast.errors import UserError
@@ -92,3 +93,8 @@ def test_graded_with_reasoning_before_the_box(tmp_path):
 def test_rows_that_can_not_be_asked(tmp_path, row, message):
     with pytest.raises(UserError, match=message):
         load_questions(write(tmp_path, "bad.jsonl", [row]))
+
+
+def test_a_letter_alone_says_which_option_is_right():
+    row = {"question": "?", "options": ["a", "b"], "answer": "B"}
+    assert as_question({**row, "answer_index": None}, seed=0) == as_question(row, seed=0)
