@@ -187,7 +187,7 @@ def _prune(folder: Path, step: int, keep: int) -> None:
     best = max(past, key=lambda path: (_score(path), _number(path)))
     link = folder / "best"
     if link.is_dir() and not link.is_symlink():  # a run copied to where links are followed
-        remove_tree(link)
+        _put_aside(link)
     kept = set(past[-keep:])
     if _score(best) > -math.inf:
         kept.add(best)
@@ -199,6 +199,18 @@ def _prune(folder: Path, step: int, keep: int) -> None:
             _hide(path)
     sync(folder)
     clean(folder)
+
+
+def _put_aside(copied: Path) -> None:
+    """Removes a folder `best` whose step stands beside it; keeps one that stands alone, as `copied_best`."""
+    if _stated(copied).get("step") in [_number(path) for path in _steps(copied.parent)]:
+        remove_tree(copied)
+        return
+    place = copied.with_name("copied_best")
+    if place.exists():
+        remove_tree(place)
+    os.replace(copied, place)
+    _log.warning("the only copy of a best checkpoint is kept as %s", place)
 
 
 def _hide(path: Path) -> None:
@@ -217,11 +229,17 @@ def _number(path: Path) -> int:
 
 def _score(path: Path) -> float:
     """A checkpoint's validation accuracy, −∞ where it has none."""
-    try:
-        score = json.loads((path / "state.json").read_text(encoding="utf-8"))["validation_accuracy"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return -math.inf
+    score = _stated(path).get("validation_accuracy")
     return float(score) if isinstance(score, (int, float)) else -math.inf
+
+
+def _stated(path: Path) -> dict[str, Any]:
+    """A checkpoint's state.json, empty where it can't be read."""
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return state if isinstance(state, dict) else {}
 
 
 def _finite(score: float | None) -> float | None:

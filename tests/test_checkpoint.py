@@ -95,6 +95,15 @@ def test_a_copy_that_followed_the_link_goes_on(tmp_path):
     assert os.readlink(tmp_path / "best") == "step_000005" and best_good(tmp_path).step == 5
 
 
+def test_a_best_that_was_copied_alone_is_kept_aside(tmp_path):
+    put(tmp_path, 4, 0.5)
+    os.unlink(tmp_path / "best")
+    os.rename(tmp_path / "step_000004", tmp_path / "best")
+    put(tmp_path, 1, 0.2)
+    assert names(tmp_path) == ["best", "copied_best", "step_000001"] and best_good(tmp_path).step == 1
+    assert json.loads((tmp_path / "copied_best" / "state.json").read_text())["step"] == 4
+
+
 def test_without_scores_there_is_no_best(tmp_path):
     for step in (1, 2, 3):
         put(tmp_path, step, keep=1)
