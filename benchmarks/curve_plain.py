@@ -33,7 +33,6 @@ from ilr_benchmarks.curve import (
     QUESTIONS,
     RATE,
     SAMPLES,
-    STEPS,
     grade,
     prompt,
     read_problems,
@@ -46,7 +45,7 @@ from transformers import AutoTokenizer
 from ilr_fast.models import resolve_model
 
 SCALE = 2.0**12  # of float16's loss
-EVERY = 10
+STEPS, EVERY = 70, 10
 Problem = dict[str, str]
 
 

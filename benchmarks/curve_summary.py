@@ -16,13 +16,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ilr_benchmarks.curve import STEPS, compared
+from ilr_benchmarks.curve_rule import compared
 
 from ilr_fast.statistics import mean_interval
 
-PARTS = ((0, 10), (10, 30), (30, 50), (50, 70), (0, 70))  # steps
+PARTS = ((0, 10), (10, 30), (30, 50), (50, 70), (70, 120), (0, 70), (0, 120))  # steps
+ENDS = (70, 120)
 NAMES = ("curve", "curve_plain")
 Row = dict[str, Any]
+Measure = Callable[[Mapping[str, Any]], float | None]
 
 
 def join(folders: Sequence[Path], name: str) -> Row | None:
@@ -45,16 +47,17 @@ def title(row: Mapping[str, Any]) -> str:
 
 def share(row: Mapping[str, Any], part: tuple[int, int]) -> float | None:
     """Per cent of right samples in some steps; None where the run did not come to their end."""
-    each = max(1, STEPS // len(row["sampled"])) if row["variant"] == "TRL" and row["sampled"] else 1
+    logged = len(row["sampled"])
+    each = max(1, round(row["curve"][-1][0] / logged)) if row["variant"] == "TRL" and logged else 1
     first, last = (step // each for step in part)
-    return 100 * statistics.mean(row["sampled"][first:last]) if len(row["sampled"]) >= last else None
+    return 100 * statistics.mean(row["sampled"][first:last]) if logged >= last else None
 
 
-def held_out(row: Mapping[str, Any]) -> float | None:
-    """Per cent of right held-out answers, the mean of the evaluations at every tenth step of a whole run."""
+def held_out(row: Mapping[str, Any], steps: int) -> float | None:
+    """Per cent of right held-out answers, the mean of the evaluations at every tenth of so many steps."""
     points = {point[0]: point[-1] for point in row["curve"]}
-    steps = range(10, STEPS + 1, 10)
-    return 100 * statistics.mean(points[step] for step in steps) if all(step in points for step in steps) else None
+    wanted = range(10, steps + 1, 10)
+    return 100 * statistics.mean(points[step] for step in wanted) if all(step in points for step in wanted) else None
 
 
 def table(rows: Sequence[Mapping[str, Any]], against: str | None = None) -> Iterator[str]:
@@ -63,9 +66,10 @@ def table(rows: Sequence[Mapping[str, Any]], against: str | None = None) -> Iter
     for row in rows:
         if row.get("sampled"):
             by_title.setdefault(title(row), {})[row["seed"]] = row
-    yield "| | seeds | " + " | ".join(f"steps {a + 1} to {b}" for a, b in PARTS) + " | held out |"
-    yield "| :--- | ---: |" + " ---: |" * (len(PARTS) + 1)
-    measures: list[Callable[[Mapping[str, Any]], float | None]] = [*(_share_of(part) for part in PARTS), held_out]
+    heads = [*(f"steps {a + 1} to {b}" for a, b in PARTS), *(f"held out, to {steps}" for steps in ENDS)]
+    yield f"| | seeds | {' | '.join(heads)} |"
+    yield "| :--- | ---: |" + " ---: |" * len(heads)
+    measures = [*(_share_of(part) for part in PARTS), *(_held_out_to(steps) for steps in ENDS)]
     base = by_title.get(against or "", {})
     for name, seeds in by_title.items():
         cells = []
@@ -77,8 +81,12 @@ def table(rows: Sequence[Mapping[str, Any]], against: str | None = None) -> Iter
             yield f"| {name} | {len(seeds)} | " + " | ".join(cells) + " |"
 
 
-def _share_of(part: tuple[int, int]) -> Callable[[Mapping[str, Any]], float | None]:
+def _share_of(part: tuple[int, int]) -> Measure:
     return lambda row: share(row, part)
+
+
+def _held_out_to(steps: int) -> Measure:
+    return lambda row: held_out(row, steps)
 
 
 def _cell(values: Sequence[float], *, signed: bool) -> str:

@@ -3,7 +3,8 @@
     python -m ilr_benchmarks.curve_trl --folder DIR --seed 1 --steps 60 --every 5 --lr 2e-5 --device cuda
 
 Reads train.jsonl and validation.jsonl in the folder and writes trl.jsonl, a line as soon as a step or an evaluation is
-over. Weights are float32 under bfloat16 autocast, TRL's default. Held-out answers are greedy, by transformers.
+over. Weights are float32 under bfloat16 autocast, TRL's default. Held-out answers are greedy, on a GPU by TRL's own
+vLLM, which is given the weights for it as before a rollout (and again before the next one), on the CPU by transformers.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ LONGEST = 256  # tokens, as in configs/gpu/sums.yaml
 class Curve(TrainerCallback):
     """Times steps and evaluates between them."""
 
-    def __init__(self, folder: Path, tokenizer: Any, every: int):
+    def __init__(self, folder: Path, tokenizer: Any, every: int, held: int | None = None):
         self.file, self.tokenizer, self.every = folder / "trl.jsonl", tokenizer, every
-        self.held = read_problems(folder / "validation.jsonl")
+        self.held = read_problems(folder / "validation.jsonl")[:held]
         self.trainer: Any = None
         self.seconds = self.began = 0.0
 
@@ -53,21 +54,35 @@ class Curve(TrainerCallback):
             told = {"reward": float(logs["reward"]), "tokens": float(logs["completions/mean_length"])}
             self.write({"step": state.global_step, **told})
 
-    @torch.no_grad()
     def evaluate(self, step: int) -> None:
         """Greedy accuracy on the held-out problems."""
+        said = self.answers([prompt(q["question"]) for q in self.held])
+        right = sum(grade(text, q["answer"]) for text, q in zip(said, self.held, strict=True))
+        self.write({"step": step, "seconds": self.seconds, "accuracy": right / len(self.held), "at": time.time()})
+
+    @torch.no_grad()
+    def answers(self, texts: list[str]) -> list[str]:
+        """What the model says to each of them, greedily."""
+        if not self.trainer.use_vllm:
+            return self.answers_of_transformers(texts)
+        from vllm import SamplingParams
+
+        engine = self.trainer.vllm_generation
+        engine.sync_weights()
+        prompts = [{"prompt_token_ids": ids} for ids in self.tokenizer(texts)["input_ids"]]
+        greedy = SamplingParams(temperature=0.0, max_tokens=MOST_TOKENS, stop=["\n"])
+        return [told.outputs[0].text for told in engine.llm.generate(prompts, greedy, use_tqdm=False)]
+
+    def answers_of_transformers(self, texts: list[str]) -> list[str]:
+        """The same without vLLM."""
         model = self.trainer.model
         training = model.training
         model.eval()
-        texts = [prompt(q["question"]) for q in self.held]
         batch = self.tokenizer(texts, return_tensors="pt", padding=True).to(model.device)
-        with torch.autocast(model.device.type, torch.bfloat16):
-            out = model.generate(**batch, max_new_tokens=MOST_TOKENS, do_sample=False,
-                                 pad_token_id=self.tokenizer.pad_token_id)  # fmt: skip
-        said = self.tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        right = sum(grade(text, q["answer"]) for text, q in zip(said, self.held, strict=True))
+        out = model.generate(**batch, max_new_tokens=MOST_TOKENS, do_sample=False,
+                             pad_token_id=self.tokenizer.pad_token_id)  # fmt: skip
         model.train(training)
-        self.write({"step": step, "seconds": self.seconds, "accuracy": right / len(self.held), "at": time.time()})
+        return self.tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
     def write(self, line: dict[str, Any]) -> None:
         with open(self.file, "a") as file:
@@ -100,6 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="TRL's learning curve on sums")
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--held", type=int, help="only the first of the held-out problems")
     parser.add_argument("--lr", type=float, required=True)
     parser.add_argument("--memory", type=float, default=0.3, help="share of the GPU's memory that vLLM may take")
     for name in ("seed", "steps", "every"):
@@ -114,7 +130,7 @@ def main() -> None:
     def reward(prompts: list[str], completions: list[str], **more: Any) -> list[float]:
         return [grade(text, answers[asked]) for asked, text in zip(prompts, completions, strict=True)]
 
-    curve = Curve(options.folder, tokenizer, options.every)
+    curve = Curve(options.folder, tokenizer, options.every, options.held)
     data = Dataset.from_list([{"prompt": asked} for asked in answers])
     curve.trainer = GRPOTrainer(model=model, reward_funcs=reward, args=settings(options), train_dataset=data,
                                 callbacks=[curve])  # fmt: skip

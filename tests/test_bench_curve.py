@@ -1,11 +1,12 @@
 """`ilr-fast bench curve`: what both sides are given, how their files become curves, and what is compared."""
 
 import json
+import math
 
 import pytest
 
 curve = pytest.importorskip("ilr_benchmarks.curve")
-from ilr_benchmarks import curve_figure, curve_summary  # noqa: E402
+from ilr_benchmarks import curve_figure, curve_rule, curve_summary  # noqa: E402
 
 from ilr_fast.config_parse import load_config  # noqa: E402
 from ilr_fast.data import load_splits  # noqa: E402
@@ -17,14 +18,19 @@ def points(*accuracies, seconds=1.0):
 
 def result(side, *accuracies, seconds=1.0, seed=1, beside=False):
     found = points(*accuracies, seconds=seconds)
-    return {"variant": side, "curve": found, "seed": seed, "beside_others": beside, **curve.reached(found)}
+    return {"variant": side, "curve": found, "seed": seed, "beside_others": beside}
+
+
+def unordered(part):
+    return {tuple(sorted(pair)) for pair in part}
 
 
 def test_no_pair_is_trained_on_and_held_out_in_any_order():
     train, held, test = curve.pairs(1)
-    assert len(held) == 200 and len(test) == 100 and len({*held, *test}) == 300
-    assert {tuple(sorted(p)) for p in train}.isdisjoint({*held, *test})
-    assert {(b, a) for a, b in train} == set(train) and len({tuple(sorted(p)) for p in train}) == 1275 - 300
+    assert [len(unordered(part)) for part in (train, held, test)] == [1275 - 304, 300, 4]
+    assert len(unordered([*train, *held, *test])) == 1275
+    for part in (train, held, test):
+        assert {(b, a) for a, b in part} == set(part) and len(set(part)) == len(part)
     assert curve.pairs(1) == (train, held, test) != curve.pairs(2)
 
 
@@ -36,7 +42,9 @@ def test_our_command_is_a_config_that_reads_the_problems(tmp_path):
     assert (config.rollout.questions, config.rollout.samples) == (curve.QUESTIONS, curve.SAMPLES)
     assert config.agents["smollm2"].optimizer.lr == curve.RATE and config.checkpoint.every is None
     splits = load_splits(config.data, config.seed)
-    assert [len(splits[part]) for part in ("train", "validation", "test")] == [1917, 200, 100]
+    train, held, test = curve.pairs(1)
+    assert [len(splits[part]) for part in ("train", "validation", "test")] == [len(train), len(held), len(test)]
+    assert config.evaluate.validation_limit >= len(held) > 580
 
 
 def test_seconds_are_those_of_training(tmp_path):
@@ -53,38 +61,62 @@ def test_seconds_are_those_of_training(tmp_path):
     assert curve.their_curve(tmp_path / "none.jsonl") == ([], [])
 
 
-def test_the_first_step_at_a_goal_counts():
-    told = curve.reached(points(0.2, 0.61, 0.55, 0.72))
-    assert told["steps_to_50%"] == told["steps_to_60%"] == 5 and told["steps_to_70%"] == 15
-    assert curve.reached(points(0.2, 0.3))["seconds_to_70%"] is None
+def test_a_goal_is_reached_by_the_mean_of_two_evaluations():
+    told = curve_rule.reached(points(0.2, 0.82, 0.55, 0.72, 0.68, 0.72))
+    assert told["steps_to_50%"] == 5 and told["steps_to_60%"] == 10 and told["steps_to_70%"] == 20
+    assert curve_rule.reached(points(0.2, 0.9))["seconds_to_70%"] is None  # one evaluation alone does not count
+    assert curve_rule.reached([])["steps_to_50%"] is None
 
 
-def test_both_sides_are_compared_at_equal_steps_and_timed_alone():
-    ours = [result(curve.OURS, 0.2, 0.6, 0.8), result(curve.OURS, 0.2, 0.7, 0.8, seed=2)]
-    theirs = [result(curve.THEIRS, 0.2, 0.5, 0.7, seconds=2.0), result(curve.THEIRS, 0.2, 0.5, 0.8, seconds=2, seed=2)]
-    (row,) = curve.compared([*ours, *theirs])
-    assert row["seconds_to_goal"] == [(2.0, 4.0), (1.0, 4.0)] and row["times_faster"] == pytest.approx(8 / 3)
-    assert row["accuracy_by_step"][1] == [5, pytest.approx(0.65), pytest.approx(0.5)] and row["met"]
-    slower = result(curve.OURS, 0.2, 0.6, 0.8, seconds=4.0)
-    assert next(iter(curve.compared([slower, *theirs])))["met"] is False
-    never = result(curve.OURS, 0.2, 0.6, 0.6, seed=2)
-    assert next(iter(curve.compared([ours[0], never, *theirs])))["met"] is False
-    beside = result(curve.OURS, 0.2, 0.6, 0.8, beside=True)
-    (row,) = curve.compared([beside, *theirs])
+def compare(*found):
+    (row,) = curve_rule.compared(found)
+    return row
+
+
+def test_seeds_are_compared_by_their_geometric_mean_with_its_interval():
+    ours = [result(curve.OURS, 0.2, 0.8, 0.8, seed=seed) for seed in (1, 2, 3)]
+    theirs = [result(curve.THEIRS, 0.2, 0.8, 0.8, seconds=s, seed=seed) for seed, s in ((1, 1.0), (2, 4.0), (3, 2.0))]
+    row = compare(*ours, *theirs)
+    assert row["seconds_to_goal"] == [(2.0, 2.0), (2.0, 8.0), (2.0, 4.0)] and row["seeds"] == [1, 2, 3]
+    assert row["times_faster"] == pytest.approx(2.0) and row["met"]
+    low, high = row["times_faster_ci95"]
+    half = 4.303 * math.log(2) / 3**0.5
+    assert (low, high) == (pytest.approx(2 * math.exp(-half), rel=1e-3), pytest.approx(2 * math.exp(half), rel=1e-3))
+    assert row["step_times_faster"] == pytest.approx(2.0)
+    assert row["mean_curve_seconds_to_goal"] == [2.0, pytest.approx(14 / 3)]
+    assert row["mean_curve_times_faster"] == pytest.approx(7 / 3)
+    assert row["accuracy_difference"] == 0 and row["accuracy_difference_ci95"] == (0, 0)
+    assert row["accuracy_by_step"][1] == [5, pytest.approx(0.8), pytest.approx(0.8)]
+    assert compare(*ours, *[{**r, "seed": 9} for r in theirs[1:2]], theirs[0])["met"] is False  # seed 1 alone: 1 time
+
+
+def test_a_side_that_never_comes_to_the_goal_counts_with_all_its_seconds():
+    quick, slow = result(curve.OURS, 0.2, 0.8, 0.8), result(curve.THEIRS, 0.2, 0.6, 0.6, seconds=2.0)
+    row = compare(quick, slow)
+    assert row["seconds_to_goal"] == [(2.0, None)] and row["times_faster"] == pytest.approx(2.0) and row["met"]
+    assert row["times_faster_ci95"] is None and row["mean_curve_times_faster"] is None
+    never = compare(result(curve.OURS, 0.2, 0.6, 0.6), result(curve.THEIRS, 0.2, 0.8, 0.8, seconds=9.0))
+    assert never["times_faster"] == pytest.approx(9.0) and never["met"] is False
+
+
+def test_what_ran_beside_others_has_no_times_and_what_one_side_ran_is_not_compared():
+    ours, theirs = (result(side, 0.2, 0.8, 0.8, beside=True) for side in (curve.OURS, curve.THEIRS))
+    row = compare(ours, theirs)
     assert row["seconds_to_goal"] == [] and row["times_faster"] is row["met"] is None
-    assert list(curve.compared(ours)) == []
+    assert row["accuracy_difference"] == 0 and row["accuracy_difference_ci95"] is None
+    assert list(curve_rule.compared([ours])) == list(curve_rule.compared([ours, {**theirs, "curve": []}])) == []
 
 
 def test_the_figure_holds_every_seed(tmp_path):
     pytest.importorskip("matplotlib")
     assert curve_figure.draw_curves(tmp_path, False) == []
-    rows = [result(side, 0.2, 0.5, 0.7) for side in (curve.OURS, curve.THEIRS) for _ in range(2)]
+    rows = [result(side, 0.2, 0.7, 0.8) for side in (curve.OURS, curve.THEIRS) for _ in range(2)]
     about = {"device": "H100", "versions": {"torch": "2.11"}, "commit": None, "date": "2026-11-26T02:00"}
     (tmp_path / "curve.json").write_text(json.dumps({**about, "rows": rows}))
     (file,) = curve_figure.draw_curves(tmp_path, False)
     assert file.stat().st_size > 10_000
     shorter = [points(0.2, 0.5), points(0.4, 0.7, 0.9)]
-    assert curve_figure.mean_curve(shorter) == [(0, 0.0, pytest.approx(0.3)), (5, 1.0, pytest.approx(0.6))]
+    assert curve_rule.mean_curve(shorter) == [[0, 0, 0, pytest.approx(0.3)], [5, 1280, 1, pytest.approx(0.6)]]
 
 
 def test_rows_of_several_places_become_one_table(tmp_path):
@@ -107,10 +139,10 @@ def test_rows_of_several_places_become_one_table(tmp_path):
     assert [(r["variant"], r["seed"], r["curve"][0][3]) for r in rows][:5] == [
         ("TRL", 1, 0.5), ("TRL", 2, 0.5), ("TRL", 3, 0.5), ("ilr-fast", 1, 0.8), ("ilr-fast", 2, 0.7),
     ]  # fmt: skip
-    assert last["status"] == "compared" and last["shape"] == "3 seeds"
+    assert last["status"] == "compared" and last["shape"].startswith("3 seeds")
     lines = list(curve_summary.table(found["rows"]))
     ours = next(line for line in lines if line.startswith("| ilr-fast |"))
-    assert "| 4 | 80.0 (67.0 to 93.0), 4 |" in ours and ours.endswith("| 76.7 (62.3 to 91.0), 3 |")  # three whole runs
+    assert "| 4 | 80.0 (67.0 to 93.0), 4 |" in ours and ours.endswith("| 76.7 (62.3 to 91.0), 3 | – |")  # of 70 steps
     assert any(line.startswith("| ilr-fast, a=b | 1 | – |") for line in lines)
     (against,) = [line for line in curve_summary.table(found["rows"], "TRL") if line.startswith("| ilr-fast |")]
     assert "+26.7 (+12.3 to +41.0), 3" in against
