@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import torch
 from datasets import Dataset
 from ilr_benchmarks.curve import MODEL, MOST_TOKENS, QUESTIONS, SAMPLES, grade, prompt, read_problems
@@ -131,7 +132,7 @@ def main() -> None:
         return [grade(text, answers[asked]) for asked, text in zip(prompts, completions, strict=True)]
 
     curve = Curve(options.folder, tokenizer, options.every, options.held)
-    data = Dataset.from_list([{"prompt": asked} for asked in answers])
+    data = Dataset(pyarrow.Table.from_pylist([{"prompt": asked} for asked in answers]), fingerprint="sums")
     curve.trainer = GRPOTrainer(model=model, reward_funcs=reward, args=settings(options), train_dataset=data,
                                 callbacks=[curve])  # fmt: skip
     curve.trainer.train()
