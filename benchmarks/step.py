@@ -92,8 +92,10 @@ def _a_token(step: Mapping[str, Any]) -> float:
 
 def _trl(ours: Lines, load: Mapping[str, int], quick: bool) -> Iterator[dict[str, Any]]:
     """TRL's rows, by setting; then its best beside ours."""
-    theirs = list(trl_rows(load, quick))
-    yield from theirs
+    theirs = []
+    for found in trl_rows(load, quick):
+        theirs.append(found)
+        yield found
     best = min((found["ms"] for found in theirs if found["ms"] is not None), default=None)
     mine = [total(line) for line in ours if line.get("kind") == "forced"][1:]
     if best and mine:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -31,17 +31,20 @@ def asked(
 
 def run_case(module: str, told: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The lines of JSON that a module's run in a process of its own prints; the last says how it failed, if it did."""
+    return list(case_lines(module, told))
+
+
+def case_lines(module: str, told: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The same lines as they come."""
     command = [sys.executable, "-m", f"ilr_benchmarks.{module}", json.dumps(told)]
-    lines = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
             print(line, end="", flush=True)
             if line.startswith('{"'):  # TRL prints dictionaries too, of Python's form
-                lines.append(json.loads(line))
+                yield json.loads(line)
     if process.returncode != 0:
-        lines.append({"failed": f"exit status {process.returncode}"})
-    return lines
+        yield {"failed": f"exit status {process.returncode}"}
 
 
 def failed(lines: Lines) -> str | None:

@@ -4,7 +4,8 @@
 
 `GRPOTrainer` with vLLM in its process, importance correction as it is by default, completions of the forced length,
 rewards by chance. Each setting is trained for some steps by a trainer of its own; vLLM is opened once, since its
-settings are the same for all. A setting that runs out of memory is told as such. Settings, all of TRL's own:
+settings are the same for all. A setting that runs out of memory is told as such; one that has run makes those needless
+that differ from it in a smaller micro-batch alone. Settings, all of TRL's own:
 
     micro_batch    per_device_train_batch_size; gradient accumulation makes it the same step
     checkpointing  gradient_checkpointing
@@ -43,13 +44,17 @@ def main(asked: dict[str, Any]) -> None:
         transformers.AutoTokenizer.from_pretrained = lambda *_, **__: tokenizer  # the shapes' is of no model's class
         opened = _open_vllm_once()
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=_dtype())
+        ran: list[dict[str, Any]] = []
         for setting in asked["settings"]:
+            if setting | {"micro_batch": 0} in ran:
+                continue
             begun = time.perf_counter()
             try:
                 _train(asked, setting, model, tokenizer, sampler)
+                ran.append(setting | {"micro_batch": 0})
             except torch.OutOfMemoryError as error:
                 print(json.dumps({"setting": setting, "failed": str(error).splitlines()[0][:200]}), flush=True)
-            print(json.dumps({"setting": setting, "seconds": time.perf_counter() - begun}), flush=True)
+            print(json.dumps({"setting": setting, "ended": time.perf_counter() - begun}), flush=True)
             model.zero_grad(set_to_none=True)
             gc.collect()
             if torch.cuda.is_available():

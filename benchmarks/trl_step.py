@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from ilr_benchmarks.common import row
-from ilr_benchmarks.step_runs import FULL, QWEN, SMALL, failed, memory, run_case
+from ilr_benchmarks.step_runs import FULL, QWEN, SMALL, Lines, case_lines, failed, memory
 
-SETTINGS: list[dict[str, Any]] = [  # Liger changes the model for good and comes last
+SETTINGS: list[dict[str, Any]] = [  # Liger changes the model for good and comes last; its second if its first fails
     {"micro_batch": 32, "checkpointing": False},
-    {"micro_batch": 32, "checkpointing": False, "liger": True},
     {"micro_batch": 64, "checkpointing": False, "liger": True},
+    {"micro_batch": 32, "checkpointing": False, "liger": True},
 ]
 WHOLE_GIB = 120  # with less, half the micro-batches: 32 of this shape take 110 GiB, vLLM's 42 included
 
@@ -28,7 +28,7 @@ def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> Iterator[d
 
 
 def trl_rows(load: Mapping[str, int], quick: bool, most: int | None = None) -> Iterator[dict[str, Any]]:
-    """A row for each setting, its second step timed; with a status alone where TRL is missing or a setting fails."""
+    """A row for each setting as it ends, its second step timed; a status alone where TRL is missing or it fails."""
     shape = f"Qwen2 1.5B, {load['questions']} questions × {load['samples']} samples"
     if importlib.util.find_spec("trl") is None:
         yield row("TRL", shape, [], status="trl is not installed")
@@ -36,17 +36,24 @@ def trl_rows(load: Mapping[str, int], quick: bool, most: int | None = None) -> I
     settings = [{**s, "micro_batch": 3} for s in SETTINGS[:1]] if quick else _fitting(SETTINGS[:most])
     with tempfile.TemporaryDirectory() as folder:
         told = {"shape": QWEN, "settings": settings, **load, "steps": 2, "quick": quick, "context": 1024}
-        lines = run_case("step_trl", told | {"folder": folder})
-    for setting in settings:
-        name = "TRL, " + ", ".join(f"{key} {value}" for key, value in setting.items())
-        own = [line for line in lines if line.get("setting") == setting]
-        steps = [line for line in own if "step" in line]
-        if len(steps) < 2:
-            yield row(name, shape, [], status=failed(own) or failed(lines) or "no step")
-            continue
-        logs = [line["logs"] for line in own if "logs" in line][-1:]
-        yield row(name, shape, [s["seconds"] for s in steps[1:]], first_ms=1e3 * steps[0]["seconds"],
-                  memory_gib=memory(steps), logs=logs)  # fmt: skip
+        lines: list[dict[str, Any]] = []
+        for line in case_lines("step_trl", told | {"folder": folder}):
+            lines.append(line)
+            if line.get("ended"):
+                yield _row([told for told in lines if told.get("setting") == line["setting"]], shape)
+        if what := failed([line for line in lines if "setting" not in line]):
+            yield row("TRL", shape, [], status=what)
+
+
+def _row(lines: Lines, shape: str) -> dict[str, Any]:
+    """A setting's."""
+    name = "TRL, " + ", ".join(f"{key} {value}" for key, value in lines[0]["setting"].items())
+    steps = [line for line in lines if "step" in line]
+    if len(steps) < 2:
+        return row(name, shape, [], status=failed(lines) or "no step")
+    logs = [line["logs"] for line in lines if "logs" in line][-1:]
+    return row(name, shape, [s["seconds"] for s in steps[1:]], first_ms=1e3 * steps[0]["seconds"],
+               memory_gib=memory(steps), logs=logs)  # fmt: skip
 
 
 def _fitting(settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
