@@ -4,7 +4,7 @@
 
 Left: accuracy of the agent's own first answers in training (what it samples alone, at the training temperature), mean
 over seeds, with a band from the lowest to the highest seed. Right: held-out accuracy, greedy and alone, with the 95%
-interval over questions and seeds; a dashed line is the base model. Needs matplotlib.
+interval over questions and seeds, cut at 0 and 100; the dashed line is the base model, and says so. Needs matplotlib.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _draw_results(axis: Any, rows: Sequence[Mapping[str, Any]], agent: str) -> N
     shown = [row for row in rows if row["method"] != "base"][::-1]
     for place, row in enumerate(shown):
         colour, value = COLOURS.get(row["method"], OTHER), 100 * row["accuracy"]
-        low, high = (100 * end for end in row["ci95"] or (row["accuracy"],) * 2)
+        low, high = (min(100.0, max(0.0, 100 * end)) for end in row["ci95"] or (row["accuracy"],) * 2)
         axis.errorbar(value, place, xerr=[[max(0, value - low)], [max(0, high - value)]], color=colour, marker="o",
                       capsize=3)  # fmt: skip
         axis.plot([100 * v for v in row["accuracy_by_seed"].values()], [place + 0.18] * len(row["accuracy_by_seed"]),
@@ -87,6 +87,15 @@ def _draw_results(axis: Any, rows: Sequence[Mapping[str, Any]], agent: str) -> N
     axis.set_ylim(-0.6, len(shown) - 0.3)
     for row in rows:
         if row["method"] == "base":
-            axis.axvline(100 * row["accuracy"], color=COLOURS["base"], linestyle="--", linewidth=1)
+            _draw_base(axis, 100 * row["accuracy"])
     axis.set(title=f"{agent}: held out, alone", xlabel="right, %, with 95% interval")
     axis.grid(alpha=0.25, axis="x")
+
+
+def _draw_base(axis: Any, value: float) -> None:
+    """The base model's line with its name at the top, on the side where there is room."""
+    axis.axvline(value, color=COLOURS["base"], linestyle="--", linewidth=1)
+    on_the_left = value > sum(axis.get_xlim()) / 2
+    axis.annotate("base", (value, 1), xycoords=("data", "axes fraction"), xytext=(-3 if on_the_left else 3, -3),
+                  textcoords="offset points", ha="right" if on_the_left else "left", va="top", fontsize=8,
+                  color=COLOURS["base"])  # fmt: skip

@@ -11,7 +11,7 @@ import yaml
 from made_up_runs import make_run
 from rich.console import Console
 
-from ilr_fast.ablate_figure import curves
+from ilr_fast.ablate_figure import _draw_results, curves
 from ilr_fast.ablate_summary import difference_text, main, summarise, table
 
 
@@ -69,6 +69,17 @@ def test_the_figure_is_drawn_and_its_curves_are_of_first_answers(folder):
     steps, lines = curves([c for c in found["curves"] if (c["agent"], c["method"]) == ("gemma", "ilr")])
     assert steps == list(range(1, 15)) and len(lines) == 3
     assert curves([]) == ([], [])
+
+
+@pytest.mark.parametrize(("base", "side"), [(0.2, "left"), (0.9, "right")])
+def test_the_base_s_line_says_what_it_is_and_intervals_end_at_all(base, side):
+    axis = pytest.importorskip("matplotlib.figure").Figure().subplots()
+    rows = [{"method": method, "accuracy": accuracy, "ci95": (0.1, 1.3), "accuracy_by_seed": {"1": accuracy}}
+            for method, accuracy in (("base", base), ("ilr", 0.6))]  # fmt: skip
+    _draw_results(axis, rows, "ada")
+    (name,) = axis.texts
+    assert (name.get_text(), name.xy[0], name.get_ha()) == ("base", pytest.approx(100 * base), side)
+    assert axis.get_xlim()[1] < 110
 
 
 def test_runs_of_several_folders_make_one_table_and_a_repeated_one_counts_once(folder, tmp_path, capsys):
