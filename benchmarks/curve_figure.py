@@ -2,7 +2,7 @@
 
 Seconds are drawn of runs that had the card alone, steps of all that came to their end.
 
-    ilr-fast bench figures            # docs/figures/curve.png too, where there is a curve.json
+    ilr-fast bench figures            # docs/results/sums_gpu.png too, where there is a curve.json
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ COLOURS = {OURS: BLUE, THEIRS: RED}
 
 
 def draw_curves(out: Path | None, quick: bool) -> list[Path]:
-    """Draws from the JSON in `out` (default: benchmarks/results) into `out` (default: docs/figures); the files."""
+    """Draws from the JSON in `out` (default: benchmarks/results) into `out` (default: docs/results); the files."""
     suffix = "_quick" if quick else ""
     path = (out or RESULTS) / f"{NAME}{suffix}.json"
     if not path.exists():
         return []
     require_matplotlib()
-    folder = out or (RESULTS if quick else FOLDER)
-    folder.mkdir(parents=True, exist_ok=True)
-    return [_draw(json.loads(path.read_text()), folder / f"{NAME}{suffix}.png")]
+    file = (out or RESULTS) / f"{NAME}{suffix}.png" if out or quick else FOLDER.parent / "results" / "sums_gpu.png"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return [_draw(json.loads(path.read_text()), file)]
 
 
 def _draw(result: Mapping[str, Any], file: Path) -> Path:
