@@ -65,7 +65,9 @@ class EngineConfig:
         "No rollout with fp8 has been seen running (docs/engines.md).",
     )
     cache_gib: float | None = key(
-        None, "vllm: GiB for keys and values; null: enough for all slots, at most a quarter of free memory.", low=0
+        None,
+        "vllm: GiB for keys and values; null: the longest conversation in all slots, at most a quarter of the memory.",
+        low=0,
     )
     tokens_in_flight: int | None = key(
         None, "vllm: tokens of prompts and generations that run at once; null: what the cache holds.", low=1

@@ -120,12 +120,6 @@ def _engine(agent: AgentConfig, path: str) -> Iterator[Finding]:
         f"{path}.engine.quantization",
         "leave it out, or use `train: full`",
     )
-    yield (
-        engine.quantization != "none" and agent.device == "cpu",
-        "8-bit weights need a GPU",
-        f"{path}.engine.quantization",
-        "leave it out",
-    )
     if engine.exact:
         reason = "an exact engine "
         yield agent.train == "lora", reason + "with adapters", f"{path}.train", "use `train: full`"
@@ -134,7 +128,6 @@ def _engine(agent: AgentConfig, path: str) -> Iterator[Finding]:
         yield agent.dtype not in ("auto", "bfloat16"), reason + f"in {agent.dtype}", f"{path}.dtype", "use bfloat16"
         remedy = "leave that out"
         yield agent.fused_layers == "off", reason + "without fused layers", f"{path}.fused_layers", remedy
-        yield agent.device == "cpu", reason + "on the CPU", f"{path}.engine.exact", "use a GPU, or leave it out"
     for key in ("weights", "dtype", "quantization", "cache_gib", "exact", "tokens_in_flight", "fast_start"):
         given = getattr(engine, key) != getattr(plain, key)
         yield not vllm and given, "a setting of vLLM's", f"{path}.engine.{key}", "set `engine.name: vllm`, or remove it"

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from ilr_fast.config import AgentConfig, Config
 from ilr_fast.memory import trained_count
 from ilr_fast.model_shape import ModelShape
-from ilr_fast.plan import Machine, RunPlan, estimated_contexts, place, plan_run
+from ilr_fast.plan import Machine, RunPlan, estimated_contexts, place, plan_run, with_caches
 
 # What a setting costs, as a share of the step's time: the order in which settings are tried. Not measured.
 MICRO_BATCHES = {16384: 0.0, 8192: 0.01, 4096: 0.04, 2048: 0.1, 1024: 0.25, 512: 0.5}
@@ -78,6 +78,7 @@ def fill_in(
     step by step, that first which brings most for its cost, until it fits: plans in proportion to the agents' square.
     """
     contexts = contexts or estimated_contexts(config)
+    config = with_caches(config, shapes, machine, contexts)
     own = _own_choices(config, machine, shapes)
     smallest, least = config, math.inf
     for spare in (SPARE, SPARE / 2, 0.0):

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ilr_fast.config import AgentConfig, Config, turn_limit
-from ilr_fast.memory import GIB, AgentMemory, Use, agent_memory
+from ilr_fast.engines.vllm_fit import CACHE_SHARE
+from ilr_fast.memory import GIB, AgentMemory, Use, agent_memory, cache_tokens, engine_size, weight_size
 from ilr_fast.model_shape import ModelShape
 from ilr_fast.protocols import load_protocol
 from ilr_fast.types import Residence
@@ -117,6 +118,25 @@ def place(agent: AgentConfig, machine: Machine) -> str:
     if agent.device == "auto":
         return "cuda:0" if machine.devices else "cpu"
     return f"{agent.device}:0" if agent.device == "cuda" else agent.device
+
+
+def with_caches(
+    config: Config, shapes: Mapping[str, ModelShape], machine: Machine, contexts: Mapping[str, int]
+) -> Config:
+    """The config with vLLM's memory of keys and values where it names none: all slots at their longest, and one request
+    of the engine's context at the least, but at most a share of the device's memory."""
+    agents = dict(config.agents)
+    for name, agent in config.agents.items():
+        if agent.engine.name == "vllm" and agent.engine.cache_gib is None:
+            device, limit = place(agent, machine), context_limit(agent, shapes[name])
+            use = Use("cpu" if device == "cpu" else "cuda", min(contexts[name], limit))
+            token = shapes[name].cache_per_token() * engine_size(agent.engine, weight_size(agent, use.device))
+            wanted = max(cache_tokens(agent.engine, use), limit) * token
+            there = machine.host if device == "cpu" else machine.devices.get(device)
+            size = wanted if there is None else min(wanted, int(CACHE_SHARE * there))
+            engine = replace(agent.engine, cache_gib=math.ceil(1000 * size / GIB) / 1000)
+            agents[name] = replace(agent, engine=engine)
+    return replace(config, agents=agents)
 
 
 def context_limit(agent: AgentConfig, shape: ModelShape) -> int:

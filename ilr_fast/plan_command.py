@@ -12,14 +12,13 @@ import re
 from collections.abc import Mapping, Sequence
 
 from ilr_fast.card import card_memory, host_memory
-from ilr_fast.config import AgentConfig, Config
+from ilr_fast.config import Config
 from ilr_fast.config_parse import load_config, to_tree, walk_values
 from ilr_fast.data import check_tasks
-from ilr_fast.engines.exact_families import check_family
-from ilr_fast.engines.vllm_fit import check_one_request, check_positions
+from ilr_fast.engine_checks import check_engines
 from ilr_fast.errors import UserError
 from ilr_fast.fill_in import Remedy, fill_in, remedies
-from ilr_fast.memory import GIB, SIZES, engine_size
+from ilr_fast.memory import GIB
 from ilr_fast.model_shape import ModelShape, model_shape
 from ilr_fast.plan import DevicePlan, Machine, RunPlan, place, plan_run
 from ilr_fast.rewards import grader_class
@@ -36,6 +35,7 @@ def plan_command(path: str, overrides: Sequence[str], gpu_memory: str | None) ->
     check_devices(config, machine)
     shapes = shapes_of(config)
     settled = fill_in(config, shapes, machine)
+    check_engines(settled, shapes, machine)
     planned = plan_run(settled, shapes, machine)
     found = [] if planned.fits else remedies(settled, shapes, machine)
     from ilr_fast.plan_table import print_plan
@@ -46,28 +46,8 @@ def plan_command(path: str, overrides: Sequence[str], gpu_memory: str | None) ->
 
 
 def shapes_of(config: Config) -> dict[str, ModelShape]:
-    """Each agent's model's shape; UserError for one that its engine can't run as it is asked to."""
-    found = {}
-    for name, agent in config.agents.items():
-        found[name] = model_shape(agent.model, f"agents.{name}.model")
-        if agent.engine.exact:
-            check_family(found[name].architecture, f"agents.{name}")
-        if agent.engine.name == "vllm":
-            _check_requests(agent, found[name], f"agents.{name}")
-    return found
-
-
-def _check_requests(agent: AgentConfig, shape: ModelShape, where: str) -> None:
-    """What vLLM would refuse when it opens: a context that the model or the memory of keys and values does not hold.
-
-    On a device that is not known yet a number has the two bytes that it has at the least.
-    """
-    engine = agent.engine
-    check_positions(engine.max_context or 0, shape.positions, where)
-    context = engine.max_context or shape.positions
-    if engine.cache_gib is not None and context is not None:
-        size = engine_size(engine, SIZES.get(agent.dtype, 2))
-        check_one_request(int(engine.cache_gib * GIB), context, shape.cache_per_token() * size, where)
+    """Each agent's model's shape, by name."""
+    return {name: model_shape(agent.model, f"agents.{name}.model") for name, agent in config.agents.items()}
 
 
 def machine_at_hand() -> Machine:
@@ -109,6 +89,7 @@ def settle(config: Config, contexts: Mapping[str, int]) -> tuple[Config, RunPlan
     """
     shapes, machine = shapes_of(config), machine_at_hand()
     settled = fill_in(config, shapes, machine, contexts)
+    check_engines(settled, shapes, machine)
     planned = plan_run(settled, shapes, machine, contexts)
     if not _may_begin(planned) and config.memory_check == "refuse":
         raise does_not_fit(planned, remedies(settled, shapes, machine, contexts), "the config")

@@ -29,8 +29,8 @@ LAYERS = {
         loading optimizer parked step_meter weights memory model_shape activations copies host_states out_of_memory
         quantized update_inputs""",
     "agents together": """hosts hosts.* residency team rollout context score groups ability difficulty ranking
-        ranking_* checkpoint failures metrics trackers steplog progress runfolder plan fill_in plan_command
-        plan_table""",
+        ranking_* checkpoint failures metrics trackers steplog progress runfolder plan fill_in engine_checks
+        plan_command plan_table""",
     "runs": """session heldout interaction alone evaluate evaluate_* benchmarks benchmarks.* train ablate ablate_*
         calibration_effect difficulty_study warm_start merge finish show report report.* docs_config
         gradable ilr_benchmarks.*""",

@@ -235,6 +235,26 @@ def test_what_can_not_fit_has_no_remedy(shapes):
     assert not any(remedy.plan.fits for remedy in remedies(settled, known, machine(1)))
 
 
+@pytest.mark.parametrize(
+    ("keys", "tokens"),
+    [
+        ("slots: 64, max_context: 8192", 64 * (2000 + 128)),  # all slots at the run's longest
+        ("slots: 2, max_context: 8192", 8192),  # what vLLM asks for at the least
+        ("slots: 100000, max_context: 8192", None),  # a quarter of the card
+        ("slots: 64, max_context: 8192, cache_gib: 3", 3 * GIB / (28 * 2 * 2 * 128 * 2)),
+    ],
+)
+def test_vllm_takes_the_keys_and_values_that_are_planned(shapes, keys, tokens):
+    config, known = opened(PAIR, shapes, f"agents.qwen.engine={{name: vllm, {keys}}}")
+    contexts = dict.fromkeys(config.agents, 2000)
+    settled = fill_in(config, known, machine(22), contexts)
+    size = 22 * GIB / 4 if tokens is None else tokens * 28 * 2 * 2 * 128 * 2  # layers, keys and values, heads, bf16
+    assert settled.agents["qwen"].engine.cache_gib == pytest.approx(size / GIB, abs=0.001)
+    (phase,) = (p for p in plan_run(settled, known, machine(22), contexts).devices[0].phases if p.name == "generate")
+    (part,) = (p.size for p in phase.parts if p.agent == "qwen" and p.item == "keys and values")
+    assert part == pytest.approx(size, abs=0.001 * GIB)
+
+
 def test_dialogues_ahead_stand_beside_all_updates(shapes):
     engines = [f"agents.{n}.engine={{name: vllm, weights: copy, slots: 8, cache_gib: 2}}" for n in ("qwen", "smollm2")]
     config, known = opened(PAIR, shapes, *engines, "loss.importance=token", "rollout.ahead=true")
@@ -300,21 +320,30 @@ def test_the_command_refuses_what_training_would(key, said, monkeypatch, capfd):
 
 def test_the_command_refuses_an_exact_engine_for_a_family_that_has_none(tmp_path, capfd):
     bob = save_models(tmp_path) / "bob"
-    keys = [f"agents.qwen.model={bob}", "agents.qwen.engine={name: vllm, exact: true}"]
+    keys = [f"agents.qwen.model={bob}", f"agents.smollm2.model={bob}", "agents.qwen.engine={name: vllm, exact: true}"]
     assert main(["plan", str(PAIR), "--gpu-memory", "24GiB", *keys]) == 2
     assert "no exact forward pass for Gemma3ForCausalLM" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("command", [["plan", "--gpu-memory", "24GiB"], ["train"]])
+@pytest.mark.parametrize("command", [["plan"], ["train"]])
 @pytest.mark.parametrize(
-    ("engine", "said"), [("max_context: 5000", "5000 tokens, where the model has 4096 positions"),
-                         ("max_context: 1024, cache_gib: 0.0001", "one request of 1024 tokens takes")]
-)  # fmt: skip
-def test_what_vllm_would_refuse_is_said_before_anything_is_made(tmp_path, monkeypatch, capfd, command, engine, said):
-    monkeypatch.setattr("ilr_fast.engines.vllm_core.check_version", lambda where: None)
+    ("engine", "said", "more"),
+    [
+        ("max_context: 5000", "5000 tokens, where the model has 4096 positions", []),
+        ("max_context: 1024, cache_gib: 0.0001", "one request of 1024 tokens takes", []),
+        ("exact: true", "ada.engine.exact: no exact engine on the CPU", []),
+        ("weights: copy, quantization: fp8", "ada.engine.quantization: 8-bit weights need a GPU", []),
+        ("weights: share", "ada.lora.rank: an adapter of rank 600", ["agents.ada.lora.rank=600"]),
+    ],
+)
+def test_what_vllm_would_refuse_is_said_before_anything_is_made(
+    tmp_path, monkeypatch, capfd, command, engine, said, more
+):
+    monkeypatch.setattr("ilr_fast.engines.vllm_core.check_version", lambda *_: None)
+    monkeypatch.setattr("ilr_fast.plan_command.machine_at_hand", lambda: Machine({}, 24 * GIB))
     config = str(write_config(tmp_path, save_models(tmp_path / "models")))
-    keys = [f"agents.bob.engine={{name: vllm, {engine}}}"]
-    assert main([command[0], config, *command[1:], *keys]) == 2
+    more = [*more, "agents.ada.train=lora"] if more else []
+    assert main([*command, config, f"agents.ada.engine={{name: vllm, {engine}}}", *more]) == 2
     assert said in capfd.readouterr().err and not (tmp_path / "run").exists()
 
 

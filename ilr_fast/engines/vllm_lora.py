@@ -40,20 +40,25 @@ class _Layer(NamedTuple):
 
 
 def lora_arguments(model: Any, where: str) -> dict[str, Any]:
-    """Arguments of vLLM's engine for `model`'s adapters; UserError for a rank that vLLM has no buffers for."""
+    """Arguments of vLLM's engine for `model`'s adapters; UserError: see `check_rank`."""
     if not hasattr(model, "peft_config"):
         return {}
     layers = dict(_trained(model))
     rank = max(layer.r[layer.active_adapter[0]] for layer in layers.values())
-    room = next((r for r in RANKS if r >= rank), None)
-    if room is None:
-        raise UserError(f"an adapter of rank {rank}", f"{where}.lora.rank", f"vLLM takes at most {RANKS[-1]}")
+    check_rank(rank, where)
     return {
         "enable_lora": True,
         "max_loras": 1,
-        "max_lora_rank": room,
+        "max_lora_rank": next(r for r in RANKS if r >= rank),
         "lora_target_modules": sorted({name.rpartition(".")[2] for name in layers}),
     }
+
+
+def check_rank(rank: int, where: str) -> None:
+    """UserError for a rank that vLLM has no buffers for."""
+    if rank > RANKS[-1]:
+        remedy = f"vLLM takes at most {RANKS[-1]}: use that, or {EMBEDDED}"
+        raise UserError(f"an adapter of rank {rank}", f"{where}.lora.rank", remedy)
 
 
 class Adapter:
