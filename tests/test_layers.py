@@ -134,5 +134,5 @@ def test_kernels_know_nothing_of_the_rest():
 
 def test_vllm_stays_in_the_engines():
     users = [m for m in sources() if any(name.split(".")[0] == "vllm" for name in imports(m, lazy=True))]
-    beside = "ilr_benchmarks.rollout_"  # vLLM by itself, and what it does in a step
+    beside = ("ilr_benchmarks.rollout_", "ilr_benchmarks.curve_trl")  # vLLM by itself, and what it does in a step
     assert all(matches(user, "engines.*") or user.startswith(beside) for user in users), users
