@@ -16,7 +16,7 @@ LOW = tl.constexpr(-1e30)  # below every logit; finite, so that the difference o
 @triton.jit
 def weigh_pieces_kernel(
     p_logits,  # float32 [N, V], `stride` apart
-    p_slot,  # int32 [N]: where a row's temperature is
+    p_slot,  # int32 or int64 [N]: where a row's temperature is
     p_temperature,  # float32 [slots]; 0: the largest logit
     p_max,  # float32 [N, pieces]: of logits / temperature
     p_sum,  # float32 [N, pieces]: Σ exp(logit / temperature − max)

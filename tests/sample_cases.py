@@ -66,6 +66,8 @@ def check_company(device: str) -> None:
     back = torch.arange(5, -1, -1, device=logits_NV.device)[::3]
     fewer, _ = sample(logits_NV[back], slots_N[back], temperatures_S, seeds_S, positions_N[back])
     assert torch.equal(fewer, tokens_N[back])
+    longs, _ = sample(logits_NV, slots_N.long(), temperatures_S, seeds_S, positions_N)
+    assert torch.equal(longs, tokens_N), "slots are of either width"
 
 
 def check_distribution(device: str, rows: int) -> None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,3 +38,21 @@ def test_wrong_arguments_are_named() -> None:
         sample(logits_NV.bfloat16(), slots_N, one, seeds, positions_N)
     with pytest.raises(ValueError, match="position_N"):
         sample(logits_NV, slots_N, one, seeds, positions_N[:1])
+    with pytest.raises(ValueError, match=r"slot_N is torch.int16, not torch.int32 or torch.int64"):
+        sample(logits_NV, slots_N.short(), one, seeds, positions_N)
+
+
+def test_a_kernel_is_compiled_once_whatever_the_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton compiles anew for other alignments of its arguments."""
+    from ilr_kernels import sample as module
+
+    unaligned: list[int] = []
+
+    def launched(kernel: Any, grid: Any, arguments: Any, *more: Any, **options: Any) -> None:
+        unaligned.extend(x.data_ptr() % 16 for x in arguments if isinstance(x, torch.Tensor))
+
+    monkeypatch.setattr(module, "launch", launched)
+    for rows in (1, 2, 3, 5):
+        zeros = torch.zeros(rows, dtype=torch.int64)
+        module.sample(torch.zeros(rows, 9000), zeros.int(), torch.ones(rows), zeros, zeros)
+    assert not any(unaligned)

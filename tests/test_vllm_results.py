@@ -67,7 +67,10 @@ def test_tokens_come_as_arrays_and_as_the_lists_that_are_asked_for(theirs: Any) 
 
 def test_what_is_more_than_a_token_each_is_vllms(theirs: Any) -> None:
     assert results(theirs, [[5, 6]], [2]).get_output() == "vLLM's own"
-    for more in (dict(num_nans=[0]), dict(prompt_logprobs_dict={"7": 0}), dict(logprobs_tensors=None)):
+    for more in (
+        dict(num_nans=[0]), dict(prompt_logprobs_dict={"7": 0}), dict(logprobs_tensors=None),
+        dict(pending_aux_output=1), dict(prompt_token_id_logprobs_dict={"7": 0}), dict(_has_fault=1),
+    ):  # fmt: skip
         one = results(theirs, [[5]], [1])
         vars(one).update(more)
         assert one.get_output() == "vLLM's own"
@@ -79,3 +82,9 @@ def test_a_class_that_is_not_known_stays(theirs: Any, monkeypatch: pytest.Monkey
     monkeypatch.setattr(theirs, "__init__", lambda self, model_runner_output, pending: None)
     runner = SimpleNamespace(sample_tokens=len)
     assert not take_arrays(runner) and runner.sample_tokens is len
+
+
+def test_the_release_here_is_known() -> None:
+    from ilr_fast.engines.vllm_results import take_arrays
+
+    assert take_arrays(SimpleNamespace(sample_tokens=len))

@@ -18,6 +18,7 @@ import pytest
 import torch
 import transformers
 
+from ilr_fast.engines import vllm_ends
 from ilr_fast.engines.vllm_results import Sampled
 
 pytest.importorskip("vllm")
@@ -232,3 +233,22 @@ def test_every_request_is_given_its_own_tokens(tmp_path: Path, ahead: bool, bloc
     assert model.most_rows > (SLOTS // 2 if blocks > 100 else 4), "rows were used"
     assert not scheduler.running and not scheduler.requests and len(scheduler._free) == SLOTS
     assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == blocks - 1
+
+
+@pytest.mark.parametrize(("kinds", "rows"), [(64, SLOTS - 2), (2, 0)])
+def test_requests_of_different_stops_end_at_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kinds: int, rows: int
+) -> None:
+    """As rows of one step; where there are more kinds of stops than are told apart, vLLM has the others."""
+    monkeypatch.setattr(vllm_ends, "KINDS", kinds)
+    tokens = random.Random(5)
+    stops = [(), STOPS, (3,), (899,), tuple(range(0, 900, 7)), tuple(range(1, 900, 6))]
+    jobs = [
+        Job(f"{n}", tuple(tokens.randrange(900) for _ in range(9)), 90, stops=stops[n % len(stops)]) for n in range(40)
+    ]
+    scheduler, model = scheduler_for(tmp_path, 400, True), PretendedModel(True)
+    given, _, prompts = run(scheduler, model, jobs, {}, True)
+    for job in jobs:
+        assert given[job.name] == alone(job, prompts[job.name])
+    assert len({len(given[job.name]) for job in jobs}) > 5 and model.most_rows > rows
+    assert len(scheduler._ends._kinds) == min(kinds, len(stops))

@@ -2,7 +2,8 @@
 
 A stop string can only be completed by a token whose own text holds the string's last character (or half a character,
 which decodes to U+FFFD). Only then is the end of the generation decoded, and only if that shows a stop string the whole
-of it. Tokens that hold a whole stop string can be told to an engine beforehand (`whole`), as a line's end can.
+of it. Tokens that hold a whole stop string can be told to an engine beforehand (`whole`), as a line's end can: they end
+a generation wherever they stand, also where bytes before them make another text of them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class StopStrings:
 
     def __init__(self, tokenizer: Decoder):
         self._tokenizer = tokenizer
-        self._pieces: dict[int, str] = {}
+        self._pieces: dict[int, tuple[str, str]] = {}
         self._whole: dict[tuple[str, ...], tuple[int, ...]] = {}
 
     def text(self, tokens: Sequence[int]) -> str:
@@ -45,8 +46,10 @@ class StopStrings:
         return self._whole[asked]
 
     def completed(self, tokens: Sequence[int], stop: Sequence[str]) -> bool:
-        """Whether the last of `tokens` completes one of the stop strings."""
-        piece = self._piece(tokens)
+        """Whether the last of `tokens` completes one of the stop strings, or holds one by itself."""
+        alone, piece = self._piece(tokens[-1])
+        if any(s in alone for s in stop):
+            return True
         if HALF not in piece and not any(s[-1] in piece for s in stop):
             return False
         tail = self.text(tokens[-(4 * max(map(len, stop)) + 16) :])  # a character takes at most four tokens
@@ -55,9 +58,7 @@ class StopStrings:
         text = self.text(tokens)
         return any(s in text for s in stop)
 
-    def first_end(
-        self, tokens: Sequence[int], known: int, stop: Sequence[str], but: Container[int]
-    ) -> int | None:
+    def first_end(self, tokens: Sequence[int], known: int, stop: Sequence[str], but: Container[int]) -> int | None:
         """How many tokens there are when a stop string is completed, beyond the first `known`, which complete none, and
         by none of `but`; None where none is."""
         for end in range(known + 1, len(tokens) + 1):
@@ -65,12 +66,11 @@ class StopStrings:
                 return end
         return None
 
-    def _piece(self, tokens: Sequence[int]) -> str:
-        """The text of the last token. Decoded twice over, as decoders drop a space at the very beginning."""
-        token = tokens[-1]
+    def _piece(self, token: int) -> tuple[str, str]:
+        """A token's text, alone and beside itself: decoders drop a space at the very beginning."""
         if token not in self._pieces:
             once = self.text([token])
-            self._pieces[token] = once + self.text([token, token])
+            self._pieces[token] = once, once + self.text([token, token])
         return self._pieces[token]
 
 

@@ -1,6 +1,6 @@
 """A step's sampled tokens as arrays from the GPU to the scheduler, where vLLM makes a list for every request.
 
-    take_arrays(runner)          # vLLM 0.25's second model runner
+    take_arrays(runner)          # vLLM's second model runner, of 0.25 or 0.32
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 KNOWN = ["self", "model_runner_output", "sampler_output", "num_sampled_tokens", "main_stream", "copy_stream"]
+LATER = ["check_ep_fault", "pending_aux_output"]  # of vLLM 0.32 beside
+MORE = ("num_nans", "pending_aux_output", "sampling_mask_tensors", "_has_fault")  # None where there is nothing of it
 
 
 class Sampled:
@@ -31,7 +33,7 @@ def take_arrays(runner: Any) -> bool:
     """Whether the runner's results are arrays from now on: only where they are of a class that is known here."""
     from vllm.v1.worker.gpu.async_utils import AsyncOutput
 
-    if list(inspect.signature(AsyncOutput.__init__).parameters) != KNOWN:
+    if list(inspect.signature(AsyncOutput.__init__).parameters) not in (KNOWN, KNOWN + LATER):
         return False
     theirs = runner.sample_tokens
 
@@ -55,8 +57,9 @@ def results_class() -> Any:
 
         def get_output(self) -> Any:
             """Waits for the results."""
-            more = self.num_nans is not None or self.prompt_logprobs_dict or self.logprobs_tensors is None
-            if more or self.sampled_token_ids.shape[1] != 1:
+            prompts = self.prompt_logprobs_dict or getattr(self, "prompt_token_id_logprobs_dict", None)
+            more = any(getattr(self, name, None) is not None for name in MORE)
+            if prompts or more or self.logprobs_tensors is None or self.sampled_token_ids.shape[1] != 1:
                 return super().get_output()
             self.copy_event.synchronize()
             output: Any = self.model_runner_output

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from ilr_fast.engines.vllm_ends import Ends
 from ilr_fast.engines.vllm_results import Sampled
 
 AT_ONCE = 8  # blocks that a request is given at a time, and told of its tokens after
@@ -69,8 +70,8 @@ def rollout_scheduler(base: Any) -> Any:
             self._until_last_R = np.zeros(slots, np.int64)  # tokens to be taken until the limit
             self._tokens_RT = np.zeros((slots, AT_ONCE * self._block + 4), np.int64)
             self._logps_RT = np.zeros(self._tokens_RT.shape, np.float32)
-            self._ends_V = np.zeros(1, bool)  # whether a token ends a row; the last stands for all that follow
-            self._stop_ids: Any = None
+            self._ends = Ends()
+            self._kind_R = np.zeros(slots, np.int64)  # of the tokens that end a row
             self._settled: list[Any] = []  # outputs that leave with the next step's
 
         @property
@@ -127,9 +128,11 @@ def rollout_scheduler(base: Any) -> Any:
             for request in self.running:
                 if request.request_id in self._place or not self._decodes(request):
                     continue
+                if (kind := self._ends.kind(request.sampling_params)) is None:
+                    continue
                 name, place, underway = request.request_id, self._free.pop(), request.num_output_placeholders
                 limit = min(request.max_tokens, self.max_model_len - request.num_prompt_tokens)
-                self._place[name], self._request[place] = place, request
+                self._place[name], self._request[place], self._kind_R[place] = place, request, kind
                 self._prompt_R[place] = request.num_prompt_tokens
                 self._computed_R[place] = request.num_computed_tokens
                 self._begun_R[place] = self._taken_R[place] = self._room_R[place] = 0
@@ -148,13 +151,7 @@ def rollout_scheduler(base: Any) -> Any:
                 return False
             if getattr(one, "repetition_detection", None) is not None or request.use_structured_output:
                 return False
-            if request.resumable or request.mm_features or request.pooling_params is not None:
-                return False
-            ids = [*(one.stop_token_ids or ()), *(() if one.eos_token_id is None else (one.eos_token_id,))]
-            if self._stop_ids is None:
-                self._stop_ids, self._ends_V = ids, np.zeros(max(ids, default=-1) + 2, bool)
-                self._ends_V[ids] = True
-            return bool(ids == self._stop_ids)
+            return not (request.resumable or request.mm_features or request.pooling_params is not None)
 
         def _decoding(self) -> _Rows | None:
             """The rows that can decode; None where there are none or the cache is nearly full."""
@@ -246,7 +243,7 @@ def rollout_scheduler(base: Any) -> Any:
             logp_N = results.logprobs.logprobs[index_N, 0]
             is_row_N = self._generation_R[rows.places_N] == rows.generations_N
             last_N = (self._until_last_R[rows.places_N] == 1) | ~np.isfinite(logp_N)
-            last_N |= self._ends_V[np.minimum(token_N, len(self._ends_V) - 1)]
+            last_N |= self._ends.found(self._kind_R[rows.places_N], token_N)
             goes_on_N = is_row_N & ~last_N
             places_N = rows.places_N[goes_on_N]
             taken_N = self._taken_R[places_N]
