@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_engine_embedded import END, prompts_of, run, tiny_tokenizer
+import vllm_engines
+from test_engine_embedded import prompts_of, run
 from vllm_models import small_model
 
 from ilr_fast.types import Generation, Sampling
@@ -31,12 +32,7 @@ def on_the_gpu(family: str) -> Any:
 
 
 def engine_for(model: Any, **options: Any) -> Any:
-    from ilr_fast.engines.vllm import VllmEngine
-    from ilr_fast.engines.vllm_core import CoreOptions
-
-    own = {k: options.pop(k) for k in ("weights",) if k in options}
-    core = CoreOptions(**{"slots": 16, "cache_gib": 0.2, **options})
-    return VllmEngine(model, tiny_tokenizer(), options=core, stop_tokens=[END], **own)
+    return vllm_engines.engine_for(model, slots=16, cache_gib=0.2, **options)
 
 
 def difference(model: Any, prompts: list[list[int]], results: list[Generation]) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from test_engine_embedded import log_probs, prompts_of, run
-from test_engine_vllm import engine_for, expected
+from vllm_engines import engine_for, expected
 from vllm_models import small_model
 
 from ilr_fast.attention import prepare

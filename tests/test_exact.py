@@ -20,8 +20,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ragged_softmax import RaggedSoftmax
-from test_engine_vllm import engine_for
 from torch import Tensor
+from vllm_engines import engine_for
 from vllm_models import small_model
 
 from ilr_fast.attention import LMHead, pack_sequences, packed_forward, prepare
