@@ -70,7 +70,7 @@ def prepare_chat(name: str, agent: AgentConfig) -> ChatFormat:
     from ilr_fast.loading import device_of
 
     if agent.engine.name == "vllm":
-        check_version(f"agents.{name}")
+        check_version(f"agents.{name}", exact=agent.engine.exact)
     where = f"agents.{name}.model = {agent.model}"
     folder = resolve_model(agent.model, where, weights=not agent.random_weights)
     device_of(agent, f"agents.{name}")

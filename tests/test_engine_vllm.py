@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-from importlib import metadata
 from typing import Any
 
 import pytest
@@ -235,20 +234,6 @@ def test_the_process_is_left_as_it_was() -> None:
 def test_what_does_not_fit_is_said_before_anything_runs(options: dict[str, Any], place: str) -> None:
     with pytest.raises(UserError, match=rf"agents\.ada\.engine\.{place}"):
         engine_for(small_model("llama"), where="agents.ada", **options)
-
-
-@pytest.mark.parametrize(("version", "message"), [("0.24.9", "0.24.9"), ("0.33.0", "0.33"), (None, "not installed")])
-def test_versions(monkeypatch: pytest.MonkeyPatch, version: str | None, message: str) -> None:
-    from ilr_fast.engines import vllm_core
-
-    def found(name: str) -> str:
-        if version is None:
-            raise metadata.PackageNotFoundError(name)
-        return version
-
-    monkeypatch.setattr(metadata, "version", found)
-    with pytest.raises(UserError, match=message):
-        vllm_core.check_version("agents.ada")
 
 
 def test_a_model_that_vllm_does_not_know_is_named_with_a_remedy() -> None:

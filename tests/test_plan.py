@@ -339,7 +339,7 @@ def test_the_command_refuses_an_exact_engine_for_a_family_that_has_none(tmp_path
 def test_what_vllm_would_refuse_is_said_before_anything_is_made(
     tmp_path, monkeypatch, capfd, command, engine, said, more
 ):
-    monkeypatch.setattr("ilr_fast.engines.vllm_core.check_version", lambda *_: None)
+    monkeypatch.setattr("ilr_fast.engines.vllm_core.check_version", lambda *_, **__: None)
     monkeypatch.setattr("ilr_fast.plan_command.machine_at_hand", lambda: Machine({}, 24 * GIB))
     config = str(write_config(tmp_path, save_models(tmp_path / "models")))
     more = [*more, "agents.ada.train=lora"] if more else []

@@ -15,7 +15,7 @@ from vllm_models import FAMILIES, small_model
 
 from ilr_fast.errors import UserError
 from ilr_fast.types import Sampling
-from ilr_fast.weights import share
+from ilr_fast.weights import connect, share
 
 with_vllm = pytest.mark.vllm
 
@@ -85,6 +85,24 @@ def test_what_can_not_be_shared_is_named_and_leaves_the_trainer_alone() -> None:
             share(model, engine, "agents.ada")
         assert "agents.ada.engine.weights" in str(caught.value) and "copy" in str(caught.value)
         assert [p.data_ptr() for p in model.parameters()] == addresses
+
+
+def test_a_copy_stands_in_only_where_the_config_allows_it() -> None:
+    """`auto` copies what can't be shared, `share` never copies, `copy` never shares; an update reaches a copy."""
+    other = Plain(dtype=torch.float16)
+    with pytest.raises(UserError, match=r"agents\.ada\.engine\.weights: .*q_proj\.weight is .*float16"):
+        connect(other, Fused(), "share", torch.device("cpu"), "agents.ada")
+    for model, how, copies in ((other, "auto", True), (Plain(), "auto", False), (Plain(), "copy", True)):
+        engine = Fused()
+        copy = connect(model, engine, how, torch.device("cpu"), "agents.ada")
+        assert (copy is not None) == copies
+        assert torch.equal(engine.qkv_proj.weight[6:8], model.k_proj.weight.float())
+        with torch.no_grad():
+            model.k_proj.weight.fill_(7)
+        assert bool((engine.qkv_proj.weight[6:8] == 7).all()) != copies
+        if copy is not None:
+            assert copy() == sum(p.nbytes for p in model.parameters())
+        assert (engine.qkv_proj.weight[6:8] == 7).all()
 
 
 @with_vllm

