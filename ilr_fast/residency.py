@@ -48,6 +48,12 @@ def by_device(config: Config) -> dict[str, list[str]]:
     return found
 
 
+def leaving(config: Config) -> set[str]:
+    """Of the agents that take turns on a device all but the last: each makes room as soon as it is loaded."""
+    turns = ([n for n in names if config.agents[n].engine.rests == "turns"] for names in by_device(config).values())
+    return {name for names in turns for name in names[:-1]}
+
+
 class Residency:
     """The scheduler of one device's agents. `hosts` are awake; `away`: those that are not, when it begins."""
 

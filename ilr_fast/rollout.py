@@ -172,6 +172,7 @@ class _Discussion:
             top_k=settings.top_k,
             stop=tuple(dict.fromkeys((*self.seats[name].chat.stop_strings, *settings.stop))),
             seed=request_seed(job.seed, job.question.id, job.sample, name, stage),
+            turn=len(self.turns[name]),
         )
 
     def _quoted(self, reader: str, turn: Turn) -> str:

@@ -20,7 +20,7 @@ from ilr_fast.hosts import Host
 from ilr_fast.metrics import Timer
 from ilr_fast.models import resolve_model
 from ilr_fast.progress import Progress
-from ilr_fast.residency import Residency, by_device
+from ilr_fast.residency import Residency, by_device, leaving
 from ilr_fast.rollout import Seat
 
 if TYPE_CHECKING:
@@ -120,12 +120,6 @@ def open_team(
         residencies, present = _residencies(config, hosts, away)
         seats = {name: Seat(host, chats[name]) for name, host in present.items()}
         yield Team(present, seats, residencies, stays=not apart and not turns)
-
-
-def leaving(config: Config) -> set[str]:
-    """Of the agents that take turns on a device all but the last: each makes room as soon as it is loaded."""
-    turns = ([n for n in names if config.agents[n].engine.rests == "turns"] for names in by_device(config).values())
-    return {name for names in turns for name in names[:-1]}
 
 
 def _residencies(

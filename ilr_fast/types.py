@@ -52,6 +52,7 @@ class Sampling:
     """How one request is sampled. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off.
 
     `seed` belongs to the request: the same request with the same seed gives the same tokens whatever shares its batch.
+    `turn`: turns of the same conversation before this one; where not all requests fit, who is further along goes first.
     """
 
     max_tokens: int
@@ -60,6 +61,7 @@ class Sampling:
     top_k: int = 0
     stop: tuple[str, ...] = ()
     seed: int = 0
+    turn: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,17 @@ def test_what_is_furthest_along_comes_first_and_is_not_overtaken() -> None:
     assert admission.enter() == ["3", "2"]
 
 
+def test_a_later_turn_comes_before_a_longer_prompt() -> None:
+    admission = filled(10**6, [5, 900], slots=1)
+    admission.add("third turn", prompt=30, limit=10, turn=2)
+    admission.add("second turn", prompt=300, limit=10, turn=1)
+    entered = []
+    while names := admission.enter():
+        entered += names
+        admission.leave(names[0], sampled=1)
+    assert entered == ["third turn", "second turn", "1", "0"]
+
+
 def test_a_request_larger_than_all_room_runs_alone() -> None:
     admission = filled(100, [500, 10])
     assert admission.enter() == ["0"] and admission.enter() == []

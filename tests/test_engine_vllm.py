@@ -116,8 +116,10 @@ def test_parameters_are_kept_for_a_kind_of_request_whatever_its_limit() -> None:
     from ilr_fast.engines.vllm_requests import Requests
 
     requests = Requests([2])
-    formed = [requests.sampling(str(n), [4], Sampling(n, seed=n), n, (5,)).sampling_params for n in (3, 4)]
+    asked = [requests.sampling(str(n), [4], Sampling(n, seed=n, turn=n), n, (5,)) for n in (3, 4)]
+    formed = [one.sampling_params for one in asked]
     assert [(one.max_tokens, one.seed) for one in formed] == [(3, 3), (4, 4)] and len(requests._known) == 1
+    assert asked[1].priority < asked[0].priority < requests.sampling("5", [4] * 200, Sampling(9, turn=2), 9).priority
 
 
 def test_stop_tokens_are_kept_and_contexts_end() -> None:

@@ -220,7 +220,7 @@ def test_what_keeps_a_model_from_loading_reaches_the_user(tmp_path, models, capf
 
 
 def test_messages_give_back_what_went_in():
-    sampling = Sampling(7, 0.1 + 0.2, 0.9, 3, ("\n", "é\ud800"), 2**62)
+    sampling = Sampling(7, 0.1 + 0.2, 0.9, 3, ("\n", "é\ud800"), 2**62, 2)
     generation = Generation((1, 2), (-0.1 - 0.2, -1e-300), "length", "\u2028x", None)
     result = StepResult({"loss": 0.1, "entropy": None}, 3, 4, "why")
     learned = sequences(3)

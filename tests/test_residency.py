@@ -12,8 +12,7 @@ from ilr_fast.cli import main
 from ilr_fast.config import AgentConfig, Config, EngineConfig
 from ilr_fast.errors import UserError
 from ilr_fast.metrics import Timer
-from ilr_fast.residency import Residency
-from ilr_fast.team import leaving
+from ilr_fast.residency import Residency, leaving
 from ilr_fast.types import Generation, Sampling, StepResult
 
 

@@ -149,7 +149,7 @@ def test_sampling_follows_the_settings():
     table = seats()
     run(table, work=jobs(1)[:1], temperature=0.0)
     samplings = [sampling for _, sampling in table["a"].engine.requests]
-    assert [s.max_tokens for s in samplings] == [8, 8, 5]
+    assert [s.max_tokens for s in samplings] == [8, 8, 5] and [s.turn for s in samplings] == [0, 1, 2]
     assert {s.temperature for s in samplings} == {0.0} and samplings[0].stop == ("\n", "END")
     table = seats()
     run(table, work=jobs(1)[:1])

@@ -3,13 +3,14 @@
 A request is counted with its prompt and with what it is expected to sample: at most its limit, and no more than
 requests have sampled on average so far. It enters where the sum over all that run stays below `tokens`, what the cache
 of keys and values holds; so a running request rarely has to make room for another and be computed again. What is
-furthest along (the longest prompt) goes first, in the order of arrival where that is equal, and nothing overtakes it.
+furthest along (turns before it, then the length of its prompt) goes first, in the order of arrival where that is equal,
+and nothing overtakes it.
 
 A step that takes in a prompt can't replay the CUDA graph of a step that only decodes. So while many requests run, what
 arrives waits for up to `every` steps and enters together. Counts and order decide, never the clock.
 
     admission = Admission(tokens=65536, slots=256)
-    admission.add("7", prompt=200, limit=512)
+    admission.add("7", prompt=200, limit=512, turn=1)
     for name in admission.enter(): …          # before every step
     admission.leave("7", sampled=131)
 """
@@ -31,7 +32,7 @@ class Admission:
     slots: int
     every: int = EVERY
     in_flight: int = 0
-    _waiting: list[tuple[int, int, str, int]] = field(default_factory=list)  # −prompt, arrival, name, limit
+    _waiting: list[tuple[int, int, int, str, int]] = field(default_factory=list)  # −turn, −prompt, arrival, name, limit
     _running: dict[str, int] = field(default_factory=dict)  # tokens that each is counted with
     _left: set[str] = field(default_factory=set)  # names that left while they waited
     _arrivals: int = 0
@@ -39,9 +40,9 @@ class Admission:
     _finished: int = 0
     _sampled: int = 0
 
-    def add(self, name: str, *, prompt: int, limit: int) -> None:
-        """A request arrives: tokens of its prompt, and the most that it may sample."""
-        heapq.heappush(self._waiting, (-prompt, self._arrivals, name, limit))
+    def add(self, name: str, *, prompt: int, limit: int, turn: int = 0) -> None:
+        """A request arrives: tokens of its prompt, the most that it may sample, turns of its conversation before it."""
+        heapq.heappush(self._waiting, (-turn, -prompt, self._arrivals, name, limit))
         self._arrivals += 1
 
     def enter(self) -> list[str]:
@@ -51,7 +52,7 @@ class Admission:
             return []
         names = []
         while self._waiting and len(self._running) < self.slots:
-            prompt, _, name, limit = self._waiting[0]
+            _, prompt, _, name, limit = self._waiting[0]
             count = -prompt + self._expected(limit)
             if name not in self._left:
                 if self._running and self.in_flight + count > self.tokens:

@@ -173,7 +173,7 @@ class VllmEngine:
         self._requests[name] = request
         self._unformed.append(name)
         self._stats.tokens_prompt += len(tokens)
-        self._admission.add(name, prompt=len(tokens), limit=limit)
+        self._admission.add(name, prompt=len(tokens), limit=limit, turn=sampling.turn)
         self._driver.wake()
         return await request.future
 

@@ -16,6 +16,7 @@ from ilr_fast.engines.vllm_scheduler import READ
 from ilr_fast.types import Generation, Sampling
 
 SEEDS = 2**63 - 1  # vLLM's seeds are not negative
+LONGEST = 2**32  # no prompt has so many tokens
 
 
 @dataclass(slots=True, eq=False)
@@ -49,15 +50,16 @@ class Requests:
     ) -> Any:
         """A request for at most `limit` tokens and their log-probs; `ends` are more tokens that end it.
 
-        Longer prompts come first.
+        Later turns come first, then longer prompts: where running requests must make room, what has least behind it.
         """
-        kind = replace(sampling, max_tokens=1, seed=0), ends  # near the context's end every request has its own limit
+        # Near the context's end every request has a limit of its own.
+        kind = replace(sampling, max_tokens=1, seed=0, turn=0), ends
         if kind not in self._known:
             self._known[kind] = self._parameters(*kind)
         parameters = copy.copy(self._known[kind])  # vLLM looks at every stop token of those that it makes
         parameters.max_tokens = limit
         parameters.seed = sampling.seed & SEEDS if self.seeded and sampling.temperature > 0 else None
-        return self._request(name, tokens, parameters, -len(tokens))
+        return self._request(name, tokens, parameters, -(sampling.turn * LONGEST + len(tokens)))
 
     def _parameters(self, sampling: Sampling, ends: tuple[int, ...]) -> Any:
         from vllm.sampling_params import SamplingParams

@@ -38,13 +38,13 @@ def read(pipe: BinaryIO) -> Iterator[Message]:
 def from_sampling(sampling: Sampling) -> list[Any]:
     """A sampling rule as JSON."""
     s = sampling
-    return [s.max_tokens, s.temperature, s.top_p, s.top_k, list(s.stop), s.seed]
+    return [s.max_tokens, s.temperature, s.top_p, s.top_k, list(s.stop), s.seed, s.turn]
 
 
 def to_sampling(data: Sequence[Any]) -> Sampling:
     """The inverse of `from_sampling`."""
-    max_tokens, temperature, top_p, top_k, stop, seed = data
-    return Sampling(max_tokens, temperature, top_p, top_k, tuple(stop), seed)
+    max_tokens, temperature, top_p, top_k, stop, seed, turn = data
+    return Sampling(max_tokens, temperature, top_p, top_k, tuple(stop), seed, turn)
 
 
 def from_generation(generation: Generation) -> list[Any]:
