@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -36,9 +37,9 @@ def as_question(row: Mapping[str, Any], *, seed: int) -> dict[str, Any]:
     text, options, right = _gpqa(row) if RIGHT in row else _mmlu_pro(row)
     if not 2 <= len(options) <= len(LETTERS):
         raise ValueError(f"{len(options)} options; 2 to {len(LETTERS)} can have letters")
-    empty = [option for option in options if not isinstance(option, str | int | float) or not str(option).strip()]
-    if empty:
-        raise ValueError(f"an option is {json.dumps(empty[0])} instead of text")
+    none = [option for option in options if not _is_text(option)]
+    if none:
+        raise ValueError(f"an option is {json.dumps(none[0], default=str)} instead of text")
     options = [str(option).strip() for option in options]
     order = list(range(len(options)))
     random.Random(hashlib.sha256(f"{seed}/{text}".encode()).digest()).shuffle(order)
@@ -53,6 +54,13 @@ def as_question(row: Mapping[str, Any], *, seed: int) -> dict[str, Any]:
     }
 
 
+def _is_text(option: Any) -> bool:
+    """Whether an option says something: a text, or a number as some data sets have them; NaN stands for a gap."""
+    if isinstance(option, str):
+        return bool(option.strip())
+    return isinstance(option, int | float) and not isinstance(option, bool) and math.isfinite(option)
+
+
 def _gpqa(row: Mapping[str, Any]) -> tuple[str, list[Any], int]:
     options = [row[RIGHT], *(row[key] for n in range(1, 26) if (key := WRONG.format(n)) in row)]
     return str(row.get("Question", "")).strip(), options, 0
@@ -62,8 +70,10 @@ def _mmlu_pro(row: Mapping[str, Any]) -> tuple[str, list[Any], int]:
     options: list[Any] = row["options"]
     answer = str(row.get("answer", "")).strip().strip("()").upper()
     told = row.get("answer_index")
+    if isinstance(told, float):  # a column with gaps has floats, and NaN in them
+        told = None if math.isnan(told) else int(told) if told.is_integer() else told
     index = LETTERS.find(answer) if len(answer) == 1 else told
-    if not isinstance(index, int) or not 0 <= index < len(options):
+    if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(options):
         raise ValueError(f"the answer {row.get('answer')!r} is none of the {len(options)} options")
     if told is not None and told != index:
         raise ValueError(f"the answer is {answer} and answer_index {told}, another option")

@@ -89,6 +89,10 @@ def test_graded_with_reasoning_before_the_box(tmp_path):
     ({"question": "?", "options": [["a"], "b"], "answer": "A"}, r'an option is \["a"\]'),
     ({"question": "?", "options": ["a", "b"], "answer": "A", "answer_index": 1}, "A and answer_index 1"),
     ({"Question": "?", "Correct Answer": None, "Incorrect Answer 1": "b"}, "an option is null"),
+    ({"question": "?", "options": ["a", float("nan")], "answer": "A"}, "an option is NaN"),
+    ({"question": "?", "options": ["a", True], "answer": "A"}, "an option is true"),
+    ({"question": "?", "options": ["a", "b"], "answer": "", "answer_index": True}, "none of the 2 options"),
+    ({"question": "?", "options": ["a", "b"], "answer": "", "answer_index": 0.5}, "none of the 2 options"),
 ])  # fmt: skip
 def test_rows_that_can_not_be_asked(tmp_path, row, message):
     with pytest.raises(UserError, match=message):
@@ -97,4 +101,6 @@ def test_rows_that_can_not_be_asked(tmp_path, row, message):
 
 def test_a_letter_alone_says_which_option_is_right():
     row = {"question": "?", "options": ["a", "b"], "answer": "B"}
-    assert as_question({**row, "answer_index": None}, seed=0) == as_question(row, seed=0)
+    for index in (None, float("nan"), 1, 1.0):
+        assert as_question({**row, "answer_index": index}, seed=0) == as_question(row, seed=0)
+    assert as_question({**row, "answer": None, "answer_index": 1.0}, seed=0) == as_question(row, seed=0)
