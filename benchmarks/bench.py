@@ -21,7 +21,7 @@ GPU = ("lm_head", "lm_head_shapes", "lm_head_sweep", "advantage", "adamw", "roll
 CPU = ("lm_head_cpu",)
 # Only where named: they need data sets, models, other libraries.
 NAMED = ("graders", "curve", "comlrl", "comlrl_cpu", "trl_step", "step_checkpoint", "step_ahead",
-         "rollout_host", "rollout_defaults")
+         "rollout_host", "rollout_defaults", "rollout_start")
 ON_CPU = (*CPU, "graders", "comlrl_cpu", "rollout_host")
 FIGURES, DRAWN = "figures", ("lm_head_sweep", "curve")
 

@@ -25,14 +25,25 @@ def options(slots: int, quick: bool, cache_gib: float | None = None) -> Any:
     return CoreOptions(slots=slots, max_context=CONTEXT, cache_gib=cache)
 
 
-def started(seconds: dict[str, float], family: str, settings: Any, quick: bool, device: str) -> tuple[Any, Any]:
-    """The engine on its model, and what the parts of the start took; UserError where vLLM is missing."""
+def started(
+    seconds: dict[str, float],
+    family: str,
+    settings: Any,
+    quick: bool,
+    device: str,
+    imported: Callable[[], object] = lambda: None,
+) -> tuple[Any, Any]:
+    """The engine on its model, and what the parts of the start took; UserError where vLLM is missing.
+
+    `imported` is called when vLLM is there and nothing of it has started.
+    """
     from ilr_fast.engines.vllm import VllmEngine
     from ilr_fast.engines.vllm_core import check_version
     from ilr_fast.engines.vllm_process import import_vllm
 
     check_version("bench")
     _part(seconds, "importing vLLM", import_vllm)
+    imported()
     model = _part(seconds, "random weights of the trainer", lambda: random_model(family, device, quick))
     engine = _part(
         seconds,
