@@ -280,7 +280,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Command, st
     "show": (_add_show, _show, "read a run's dialogues"),
     "ablate": (_add_ablate, _ablate, "base, GRPO, ILR and its parts from one config"),
     "difficulty": (_add_difficulty, _difficulty, "self-ranked difficulty against levels, pass rates and chance"),
-    "bench": (_add_bench, _bench, "benchmarks of kernels, rollouts, steps, memory: errors first, then times beside the limit"),
+    "bench": (_add_bench, _bench, "the benchmarks, kernels to whole steps: errors first, then times beside the limit"),
     "get-model": (_add_get_model, _get_model, "a small real model as a Hugging Face folder"),
 }
 
