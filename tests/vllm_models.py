@@ -19,20 +19,24 @@ LLAMA3_ROPE = dict(
     rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
     original_max_position_embeddings=64,
 )  # fmt: skip
-# By family: transformers' config, what it needs beside the sizes, and what is particular about it.
+# By family: transformers' config, what it needs beside the sizes; its name in docs/engines.md and what is particular.
 FAMILIES: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "llama": (transformers.LlamaConfig, {}, "fused q, k, v and gate, up"),
-    "llama3": (transformers.LlamaConfig, dict(rope_parameters=LLAMA3_ROPE), "scaled RoPE"),
-    "qwen2": (transformers.Qwen2Config, {}, "biases of q, k, v"),
-    "qwen3": (transformers.Qwen3Config, {}, "norms of q and k"),
+    "llama": (transformers.LlamaConfig, {}, "Llama, SmolLM2 | fused projections"),
+    "llama3": (transformers.LlamaConfig, dict(rope_parameters=LLAMA3_ROPE), "Llama 3.x | scaled RoPE"),
+    "qwen2": (transformers.Qwen2Config, {}, "Qwen 2, 2.5 | biases of q, k, v"),
+    "qwen3": (transformers.Qwen3Config, {}, "Qwen 3 | norms of q and k"),
     "gemma2": (
         transformers.Gemma2Config,
         dict(sliding_window=40, layer_types=SLIDING, attn_logit_softcapping=1.5, final_logit_softcapping=3.0),
-        "soft-capped logits, sliding window",
+        "Gemma 2 | soft-capped logits, sliding window",
     ),
-    "gemma3": (transformers.Gemma3TextConfig, dict(sliding_window=40, layer_types=SLIDING), "sliding window"),
-    "smollm3": (transformers.SmolLM3Config, dict(no_rope_layers=[1, 0, 1]), "layers without RoPE"),
-    "mistral": (transformers.MistralConfig, dict(sliding_window=None), "as Llama"),
+    "gemma3": (transformers.Gemma3TextConfig, dict(sliding_window=40, layer_types=SLIDING), "Gemma 3 | sliding window"),
+    "smollm3": (
+        transformers.SmolLM3Config,
+        dict(no_rope_layers=[1, 0, 1]),
+        "SmolLM3 | layers without RoPE; vLLM runs transformers' own modules",
+    ),
+    "mistral": (transformers.MistralConfig, dict(sliding_window=None), "Mistral | as Llama"),
 }
 
 
