@@ -93,9 +93,10 @@ def default_mode(quick: bool, device: str, rounds: int) -> Iterator[dict[str, An
         mean = found["logp_diff_mean"]
         yield row("  and vLLM's attention", setting.shape, [], over_noise=noise and mean / noise, **found)
     updates = setting.updates(results, rounds)
-    yield row("an update", setting.shape, updates)
+    yield row("an update", setting.shape, updates, **setting.memory())
     yield setting.step("a step", seconds, updates)
-    engine.close()
+    del engine, model, kernel
+    setting.close()
 
 
 def exact_mode(quick: bool, rounds: int) -> list[dict[str, Any]]:
@@ -106,7 +107,8 @@ def exact_mode(quick: bool, rounds: int) -> list[dict[str, Any]]:
     seconds = told.pop("seconds")
     rows = [row("exact", setting.shape, seconds, error=told["logp_diff_max"], **told)]
     updates = setting.updates(results, rounds)
-    rows += [row("exact: an update", setting.shape, updates), setting.step("exact: a step", seconds, updates)]
+    rows.append(row("exact: an update", setting.shape, updates, **setting.memory()))
+    rows.append(setting.step("exact: a step", seconds, updates))
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[3, 5] += 0.5
     setting.changed()

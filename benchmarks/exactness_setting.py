@@ -8,6 +8,7 @@ told, results = setting.measure(rounds=3)
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from functools import cached_property
 from typing import Any
@@ -129,6 +130,23 @@ class Setting:
             self.differences(results)
             found.append(self.update_seconds)
         return found
+
+    def memory(self) -> dict[str, Any]:
+        """Whether an update had the room that it asked for: else its micro-batches or the allocator's pace suffer."""
+        told: dict[str, Any] = {"micro_batch_tokens": self.agent.guard.tokens}
+        if self.device == "cuda":
+            told["allocator_retries"] = torch.cuda.memory_stats()["num_alloc_retries"]
+            told["peak_gib"] = torch.cuda.max_memory_reserved() / 2**30
+        return told
+
+    def close(self) -> None:
+        """Gives the memory up for the processes that follow; who holds the engine or the model lets go first."""
+        self.engine.close()
+        for name in ("agent", "engine", "model"):
+            self.__dict__.pop(name, None)
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
 
     def step(self, variant: str, rollouts: list[float], updates: list[float]) -> dict[str, Any]:
         """Rollout and update together, medians of each; seconds."""

@@ -74,6 +74,8 @@ class Progress:
 
         def advance(*_: object) -> None:
             nonlocal done
+            if task not in self._bars.task_ids:  # another part has failed, and the phase is over
+                return
             done += 1
             self._bars.advance(task)
             self._tell(f"{name} {done}" + (f"/{total}" if total else ""))

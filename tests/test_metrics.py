@@ -180,6 +180,15 @@ def test_plain_lines_where_there_is_no_terminal():
     assert len(lines) == 2 and "\x1b" not in out.getvalue()
 
 
+def test_a_part_that_is_done_after_its_phase_was_given_up_counts_no_more():
+    out = io.StringIO()
+    progress = Progress(10, Console(file=out))
+    with pytest.raises(UserError), progress.phase("loading", 2) as advance:
+        raise UserError("one does not fit", "agents.ada", "free memory")
+    advance()
+    assert "loading 1/2" not in out.getvalue()
+
+
 def test_a_long_phase_says_how_far_it_is(monkeypatch):
     out, now = io.StringIO(), Clock()
     monkeypatch.setattr("ilr_fast.progress.time.monotonic", now)
