@@ -1,6 +1,6 @@
 """GRPO's learning curve beside TRL's: held-out accuracy over steps and seconds, same problems, samples and rate.
 
-    ilr-fast bench curve --rounds 3                 # one NVIDIA GPU with vLLM and TRL, three seeds: seven minutes
+    ilr-fast bench curve --rounds 3                 # one NVIDIA GPU with vLLM and TRL; two to three minutes a seed
     python -m ilr_benchmarks.curve 2,3 --out DIR    # seeds side by side, added to DIR/curve.json: curves without times
     python -m ilr_benchmarks.curve 1 --alone …      # one after the other, with times: some seeds of what `bench` runs
     python -m ilr_benchmarks.curve 1,2 loss.aggregation=grpo --only ilr-fast …      # ours with other keys
@@ -8,8 +8,8 @@
 SmolLM2-135M-Instruct learns sums a + b of 1 to 50 from the bare prompt `Question: What is 12 + 7?\\nAnswer:`; an answer
 ends with its line, is right where its one number (the last one of an equation) is the sum, and earns 1 or 0. Both take
 32 questions × 8 samples a step at temperature 1, at most 12 tokens, AdamW with a constant rate, β = 0, one update a
-step, a loss that is a mean over tokens, vLLM in the trainer's process, 120 steps. Of the 1,275 unordered pairs 300 are
-held out and asked in both orders every five steps, greedily, by each side's own vLLM (some 590 answers: one evaluation
+step, a loss that is a mean over tokens, vLLM in the trainer's process, 70 steps. Of the 1,275 unordered pairs 300 are
+held out and asked in both orders every second step, greedily, by each side's own vLLM (some 590 answers: one evaluation
 has a standard error of 1.9 points, of 2.7 if the two orders were one question); the rest are trained on in both orders.
 Ours is `configs/gpu/sums.yaml`, TRL's all else as TRL has it. What is counted, and when the target is met:
 `curve_rule.py`.
@@ -17,7 +17,7 @@ Ours is `configs/gpu/sums.yaml`, TRL's all else as TRL has it. What is counted, 
 Each run is a process of its own, ours before TRL's, and writes as it goes (into TMPDIR while it runs): a row is there
 even where the process was ended. `seconds` are those of training: without start, evaluation and checkpoints, the first
 steps' compilation included. A row's `curve` lists [step, samples, seconds, accuracy], `sampled` the share right
-while training and `tokens` the mean length of an answer (ours of each step, TRL's the mean of five).
+while training and `tokens` the mean length of an answer (ours of each step, TRL's the mean of two).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from ilr_fast.metrics import read_metrics
 from ilr_fast.rewards.number import read_number
 
 HIGH, HELD_OUT, TEST = 50, 300, 4  # pairs; a run must have a test
-QUESTIONS, SAMPLES, STEPS, EVERY, RATE = 32, 8, 120, 5, 2e-5
+QUESTIONS, SAMPLES, STEPS, EVERY, RATE = 32, 8, 70, 2, 2e-5
 QUICK_HELD = 4  # questions
 MODEL, MOST_TOKENS = "smollm2-135m-instruct", 12  # as in configs/gpu/sums.yaml
 

@@ -1,6 +1,6 @@
 """What `ilr-fast bench curve` counts: seconds to a goal on a curve, and how many times sooner one side is there.
 
-- A curve is **at a goal** at the first evaluation whose mean with the one before it is at least the goal: one alone
+- A curve is **at a goal** at the first evaluation whose mean with the two before it is at least the goal: one alone
   moves by two points and more with the answers asked and with the last update.
 - **Times sooner**: a seed's seconds of training to the goal, TRL's over ours; of the seeds that had the card alone the
   geometric mean, with its 95% interval (Student's t on logarithms).
@@ -23,6 +23,7 @@ from ilr_fast.statistics import mean_interval
 
 GOALS = (0.5, 0.6, 0.7)
 GOAL, TARGET = 0.7, 2.0  # ours must be there in half of TRL's time
+AVERAGED = 3  # evaluations
 OURS, THEIRS = "ilr-fast", "TRL"
 Point = Sequence[float]  # step, samples, seconds, accuracy
 
@@ -37,9 +38,9 @@ def reached(curve: Sequence[Point]) -> dict[str, float | None]:
 
 
 def first_at(curve: Sequence[Point], goal: float) -> Point | None:
-    """The first point whose accuracy has, with the one before it, a mean of at least the goal."""
-    pairs = zip(curve, curve[1:], strict=False)
-    return next((last for before, last in pairs if (before[3] + last[3]) / 2 >= goal), None)
+    """The first point whose accuracy has, with those before it, AVERAGED in all, a mean of at least the goal."""
+    windows = (curve[end - AVERAGED : end] for end in range(AVERAGED, len(curve) + 1))
+    return next((window[-1] for window in windows if mean(point[3] for point in window) >= goal), None)
 
 
 def mean_curve(curves: Sequence[Sequence[Point]]) -> list[list[float]]:

@@ -23,6 +23,7 @@ STEPS = 5
 def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> Iterator[dict[str, Any]]:
     """A row without `ahead`, one with it; one that says how a run failed, if it did."""
     load = SMALL if quick else {**FULL, "questions": FULL["questions"] // 2}
+    load = {**load, "most": load["forced"]}
     shape = f"Qwen2 1.5B, {load['questions']} questions × {load['samples']} samples, forced lengths"
     alone = None
     for ahead in (False, True):

@@ -61,10 +61,10 @@ def test_seconds_are_those_of_training(tmp_path):
     assert curve.their_curve(tmp_path / "none.jsonl") == ([], [])
 
 
-def test_a_goal_is_reached_by_the_mean_of_two_evaluations():
-    told = curve_rule.reached(points(0.2, 0.82, 0.55, 0.72, 0.68, 0.72))
-    assert told["steps_to_50%"] == 5 and told["steps_to_60%"] == 10 and told["steps_to_70%"] == 20
-    assert curve_rule.reached(points(0.2, 0.9))["seconds_to_70%"] is None  # one evaluation alone does not count
+def test_a_goal_is_reached_by_the_mean_of_three_evaluations():
+    told = curve_rule.reached(points(0.2, 0.72, 0.58, 0.5, 0.75, 0.72, 0.63))
+    assert told["steps_to_50%"] == 10 and told["steps_to_60%"] == 15 and told["steps_to_70%"] == 30
+    assert curve_rule.reached(points(0.2, 0.9))["seconds_to_70%"] is None  # an evaluation alone does not count
     assert curve_rule.reached([])["steps_to_50%"] is None
 
 
@@ -74,8 +74,8 @@ def compare(*found):
 
 
 def test_seeds_are_compared_by_their_geometric_mean_with_its_interval():
-    ours = [result(curve.OURS, 0.2, 0.8, 0.8, seed=seed) for seed in (1, 2, 3)]
-    theirs = [result(curve.THEIRS, 0.2, 0.8, 0.8, seconds=s, seed=seed) for seed, s in ((1, 1.0), (2, 4.0), (3, 2.0))]
+    ours = [result(curve.OURS, 0.2, 0.95, 0.95, seed=seed) for seed in (1, 2, 3)]
+    theirs = [result(curve.THEIRS, 0.2, 0.95, 0.95, seconds=s, seed=seed) for seed, s in ((1, 1.0), (2, 4.0), (3, 2.0))]
     row = compare(*ours, *theirs)
     assert row["seconds_to_goal"] == [(2.0, 2.0), (2.0, 8.0), (2.0, 4.0)] and row["seeds"] == [1, 2, 3]
     assert row["times_faster"] == pytest.approx(2.0) and row["met"]
@@ -86,21 +86,21 @@ def test_seeds_are_compared_by_their_geometric_mean_with_its_interval():
     assert row["mean_curve_seconds_to_goal"] == [2.0, pytest.approx(14 / 3)]
     assert row["mean_curve_times_faster"] == pytest.approx(7 / 3)
     assert row["accuracy_difference"] == 0 and row["accuracy_difference_ci95"] == (0, 0)
-    assert row["accuracy_by_step"][1] == [5, pytest.approx(0.8), pytest.approx(0.8)]
+    assert row["accuracy_by_step"][1] == [5, pytest.approx(0.95), pytest.approx(0.95)]
     assert compare(*ours, *[{**r, "seed": 9} for r in theirs[1:2]], theirs[0])["met"] is False  # seed 1 alone: 1 time
 
 
 def test_a_side_that_never_comes_to_the_goal_counts_with_all_its_seconds():
-    quick, slow = result(curve.OURS, 0.2, 0.8, 0.8), result(curve.THEIRS, 0.2, 0.6, 0.6, seconds=2.0)
+    quick, slow = result(curve.OURS, 0.2, 0.95, 0.95), result(curve.THEIRS, 0.2, 0.6, 0.6, seconds=2.0)
     row = compare(quick, slow)
     assert row["seconds_to_goal"] == [(2.0, None)] and row["times_faster"] == pytest.approx(2.0) and row["met"]
     assert row["times_faster_ci95"] is None and row["mean_curve_times_faster"] is None
-    never = compare(result(curve.OURS, 0.2, 0.6, 0.6), result(curve.THEIRS, 0.2, 0.8, 0.8, seconds=9.0))
+    never = compare(result(curve.OURS, 0.2, 0.6, 0.6), result(curve.THEIRS, 0.2, 0.95, 0.95, seconds=9.0))
     assert never["times_faster"] == pytest.approx(9.0) and never["met"] is False
 
 
 def test_what_ran_beside_others_has_no_times_and_what_one_side_ran_is_not_compared():
-    ours, theirs = (result(side, 0.2, 0.8, 0.8, beside=True) for side in (curve.OURS, curve.THEIRS))
+    ours, theirs = (result(side, 0.2, 0.95, 0.95, beside=True) for side in (curve.OURS, curve.THEIRS))
     row = compare(ours, theirs)
     assert row["seconds_to_goal"] == [] and row["times_faster"] is row["met"] is None
     assert row["accuracy_difference"] == 0 and row["accuracy_difference_ci95"] is None
@@ -110,7 +110,7 @@ def test_what_ran_beside_others_has_no_times_and_what_one_side_ran_is_not_compar
 def test_the_figure_holds_every_seed(tmp_path):
     pytest.importorskip("matplotlib")
     assert curve_figure.draw_curves(tmp_path, False) == []
-    rows = [result(side, 0.2, 0.7, 0.8) for side in (curve.OURS, curve.THEIRS) for _ in range(2)]
+    rows = [result(side, 0.4, 0.8, 0.9) for side in (curve.OURS, curve.THEIRS) for _ in range(2)]
     about = {"device": "H100", "versions": {"torch": "2.11"}, "commit": None, "date": "2026-11-26T02:00"}
     (tmp_path / "curve.json").write_text(json.dumps({**about, "rows": rows}))
     (file,) = curve_figure.draw_curves(tmp_path, False)
