@@ -2,12 +2,15 @@
 
 A process reads its config from `configs/NAME.yaml` in the ablation's folder and writes `logs/NAME.log` there. One that
 fails does not stop the others. Where this process is interrupted (SIGINT, SIGTERM) it interrupts them, so that each
-writes a checkpoint; a second signal kills them.
+writes a checkpoint; a second signal kills them. Where it is killed, the kernel interrupts them (Linux).
+
+    python -m ilr_fast.ablate_jobs PARENT_PID train FILE      # such a process
 """
 
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -23,6 +26,7 @@ from ilr_fast.config import Config
 from ilr_fast.config_parse import dump
 from ilr_fast.durable import disk_errors, write_text
 from ilr_fast.interrupt import Interrupt
+from ilr_fast.rewards.worker import die_with
 
 PATIENCE = 60.0  # seconds in which an interrupted process may write its checkpoint
 _POLL = 0.1
@@ -71,8 +75,8 @@ def _start(config: Config, jobs: int, folder: Path) -> _Running:
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     with open(folder / "logs" / f"{name}.log", "ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "ilr_fast.cli", "train", str(file)], stdin=subprocess.DEVNULL, stdout=log,
-            stderr=subprocess.STDOUT, env={"OMP_NUM_THREADS": threads, **os.environ},
+            [sys.executable, "-m", __name__, str(os.getpid()), "train", str(file)], stdin=subprocess.DEVNULL,
+            stdout=log, stderr=subprocess.STDOUT, env={"OMP_NUM_THREADS": threads, **os.environ},
             start_new_session=True,  # Ctrl-C reaches them through `_end` alone: a second one would cut an update off
         )  # fmt: skip
     return _Running(name, process, time.monotonic())
@@ -93,3 +97,14 @@ def _end(running: Sequence[_Running]) -> None:
             if one.process.poll() is None:
                 one.process.kill()
                 one.process.wait()
+
+
+def main(parent: int, arguments: Sequence[str]) -> None:
+    """The command with these arguments, interrupted when its parent ends."""
+    die_with(parent, signal.SIGINT)
+    sys.argv[1:] = arguments
+    runpy.run_module("ilr_fast.cli", run_name="__main__")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2:])

@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -37,6 +38,7 @@ from ilr_fast.config import AgentConfig, Config
 from ilr_fast.config_parse import load_config
 from ilr_fast.loading import device_of, dtype_of, for_training
 from ilr_fast.models import resolve_model
+from ilr_fast.rewards.worker import die_with
 from ilr_fast.types import StepResult, TrainingSequence, TrainingTurn
 
 VOCABULARY = 1 << 15  # tokens at most: kernels depend on their number's divisors alone
@@ -88,7 +90,7 @@ def start(folder: Path) -> subprocess.Popen[bytes]:
     """The process for the run in `folder`, which writes logs/kernels.log there."""
     (folder / "logs").mkdir(exist_ok=True)
     with open(folder / "logs" / "kernels.log", "wb") as log:
-        command = [sys.executable, "-m", "ilr_fast.kernels_ahead", str(folder / "config.yaml")]
+        command = [sys.executable, "-m", "ilr_fast.kernels_ahead", str(os.getpid()), str(folder / "config.yaml")]
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
 
@@ -180,4 +182,5 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    die_with(int(sys.argv[1]))
+    main(sys.argv[2:])

@@ -108,3 +108,31 @@ def test_a_terminated_ablation_leaves_no_run_behind(tmp_path, monkeypatch):
         signal.signal(signal.SIGTERM, previous)
     assert len(processes) == 2 and all(process.poll() is not None for process in processes)
     assert {path.stem for path in tmp_path.glob("*.checkpoint")} == {"one", "two"}
+
+
+def test_a_killed_ablation_s_runs_write_their_checkpoint_and_end(tmp_path):
+    file = write_config(tmp_path, save_models(tmp_path), steps=1000, log={"tensorboard": False})
+    script = f"""
+import pathlib, sys, time
+from ilr_fast import ablate_jobs
+from ilr_fast.config_parse import load_config
+run = ablate_jobs._start(load_config({str(file)!r}), 1, pathlib.Path({str(tmp_path)!r}))
+print(run.process.pid, flush=True)
+time.sleep(100)
+"""
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "logs").mkdir()
+    ablation = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    run, folder = Path("/proc", ablation.stdout.readline().strip()), Path(load_config(file).run)
+    until(lambda: (folder / "metrics.jsonl").exists())
+    ablation.kill()
+    ablation.communicate()
+    until(lambda: not run.exists())
+    assert list(folder.glob("checkpoints/step_*/manifest.json"))
+
+
+def until(done):
+    end = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < end, "it takes too long"
+        time.sleep(0.05)

@@ -1,9 +1,12 @@
 """Kernels compiled ahead: the update that compiles them, when its process is started, and that no run hangs on it."""
 
 import math
+import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,3 +113,19 @@ def test_the_command_reads_the_runs_config(tmp_path, monkeypatch):
     monkeypatch.setattr(kernels_ahead, "small_update", lambda name, agent, config: taken.append((name, agent.model)))
     kernels_ahead.main([str(tmp_path / "config.yaml")])
     assert taken == [("ada", config.agents["ada"].model)] and (tmp_path / "cache" / "mark").exists()
+
+
+def test_it_ends_with_the_command(tmp_path):
+    script = f"""
+import pathlib, time
+from ilr_fast import kernels_ahead
+print(kernels_ahead.start(pathlib.Path({str(tmp_path)!r})).pid, flush=True)
+time.sleep(0.5)
+"""
+    (tmp_path / "logs").mkdir()
+    os.mkfifo(tmp_path / "config.yaml")  # it waits here, however long it takes
+    done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, timeout=60)
+    end = time.monotonic() + 30
+    while Path("/proc", done.stdout.strip()).exists():
+        assert time.monotonic() < end, "it is still there"
+        time.sleep(0.05)

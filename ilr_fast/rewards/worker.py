@@ -62,10 +62,11 @@ def private_pipes() -> tuple[BinaryIO, BinaryIO]:
     return os.fdopen(requests, "rb"), os.fdopen(answers, "wb")
 
 
-def die_with(parent: int) -> None:
-    """Asks the kernel (Linux) to kill this process when its parent ends; ends at once if it has ended already."""
+def die_with(parent: int, number: int = signal.SIGKILL) -> None:
+    """Asks the kernel (Linux) for this signal when the parent ends, by default to be killed; ends at once if it has
+    ended already."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:
         os._exit(1)
 
