@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,16 +19,25 @@ from end_to_end import agent, save_models, write_config
 from ilr_fast import loading, team
 from ilr_fast.config_parse import load_config
 from ilr_fast.hosts import sharing
-from ilr_fast.hosts.sharing import DAEMON, LOGS, PIPES, served
+from ilr_fast.hosts.sharing import DAEMON, LOGS, PIPES, listens, served
 
-# Listens until it is told to quit; both of its ways to be called, as NVIDIA's.
-FAKE = """#!/bin/sh
-if [ "$1" = -f ]; then
-  echo $$ > "{notes}/pid"; echo "$CUDA_VISIBLE_DEVICES" > "{notes}/seen"; touch "$CUDA_MPS_PIPE_DIRECTORY/control"
-  while [ ! -e "{notes}/quit" ]; do sleep 0.02; done
-else
-  cat > "{notes}/quit"
-fi
+# Listens until it is told to quit; both of its ways to be called, as NVIDIA's. Where it is stubborn it does not quit.
+FAKE = """#!{python}
+import os, pathlib, socket, subprocess, sys, time
+notes = pathlib.Path({notes!r})
+if sys.argv[1:] != ["-f"]:
+    sys.exit((notes / "quit").write_text(sys.stdin.read()) and 0)
+(notes / "seen").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+server = subprocess.Popen(["sleep", "100"], start_new_session=True)
+(notes / "server").write_text(str(server.pid))
+(notes / "pid").write_text(str(os.getpid()))
+listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+listening.bind(os.environ["CUDA_MPS_PIPE_DIRECTORY"] + "/control")
+listening.listen()
+while not (notes / "quit").exists() or (notes / "stubborn").exists():
+    time.sleep(0.02)
+server.kill()
+server.wait()
 """
 
 
@@ -36,7 +46,7 @@ def notes(tmp_path, monkeypatch) -> Path:
     """A machine with a daemon that leaves notes here."""
     program = tmp_path / "bin" / DAEMON
     program.parent.mkdir()
-    program.write_text(FAKE.format(notes=tmp_path))
+    program.write_text(FAKE.format(python=sys.executable, notes=str(tmp_path)))
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
     monkeypatch.delenv(PIPES, raising=False)
@@ -45,30 +55,46 @@ def notes(tmp_path, monkeypatch) -> Path:
 
 
 def gone(notes: Path, patience: float = 10.0) -> bool:
-    """Whether the daemon has ended, or does soon."""
-    pid, end = int((notes / "pid").read_text()), time.monotonic() + patience
-    while Path(f"/proc/{pid}").exists() and time.monotonic() < end:
+    """Whether the daemon and its server have ended, or do soon."""
+    pids, end = [(notes / name).read_text() for name in ("pid", "server")], time.monotonic() + patience
+    while any(Path("/proc", pid).exists() for pid in pids) and time.monotonic() < end:
         time.sleep(0.02)
-    return not Path(f"/proc/{pid}").exists()
+    return not any(Path("/proc", pid).exists() for pid in pids)
 
 
 def test_the_service_lasts_as_long_as_it_is_used(notes, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
     with served(True) as environment:
         assert environment[PIPES] == environment[LOGS] and Path(environment[PIPES], "control").exists()
-        assert (notes / "seen").read_text() == "3,1\n" and environment["CUDA_VISIBLE_DEVICES"] == "0,1"
+        assert (notes / "seen").read_text() == "3,1" and environment["CUDA_VISIBLE_DEVICES"] == "0,1"
         assert not (notes / "quit").exists() and not gone(notes, 0)
     assert (notes / "quit").read_text() == "quit -t 3\n" and gone(notes) and not Path(environment[PIPES]).exists()
 
 
-def test_a_folder_that_can_not_be_removed_ends_no_run(notes, monkeypatch):
-    def refuse(*arguments, **named):
-        raise OSError(39, "Directory not empty")
+def test_what_does_not_quit_is_killed_with_all_that_it_started(notes):
+    (notes / "stubborn").touch()
+    with served(True) as environment:
+        assert not gone(notes, 0)
+    assert (notes / "quit").exists() and gone(notes, 0) and not Path(environment[PIPES]).exists()
 
-    with monkeypatch.context() as patched, served(True) as environment:
-        patched.setattr(os, "rmdir", refuse)
-    assert Path(environment[PIPES]).is_dir()
-    Path(environment[PIPES]).rmdir()
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_daemon_ends_without_its_keeper(notes, number):
+    with served(True) as environment:
+        keeper = int(Path("/proc", (notes / "pid").read_text(), "stat").read_text().rpartition(")")[2].split()[1])
+        os.kill(keeper, number)
+        if number == signal.SIGTERM:
+            assert gone(notes)
+    assert gone(notes) and not Path(environment[PIPES]).exists()
+
+
+def test_a_long_path_for_temporary_files_is_not_taken(notes, monkeypatch):
+    long = notes / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setenv("TMPDIR", str(long))
+    with served(True) as environment:
+        assert len(environment[PIPES]) < 80 and listens(Path(environment[PIPES]))
+    assert gone(notes)
 
 
 @pytest.mark.parametrize("seen", ["", "GPU-5ca1ab1e"])
@@ -85,13 +111,40 @@ def test_no_service_where_none_is_needed_or_one_is_there(notes, monkeypatch):
         patched.setenv(PIPES, own[PIPES])  # the user's own daemon
         with served(True) as environment:
             assert environment == {}
-    monkeypatch.setattr(sharing, "_OWN_PIPES", notes / "pid")
-    with served(True) as environment:
-        assert environment == {}
+        patched.delenv(PIPES)
+        patched.setattr(sharing, "_OWN_PIPES", Path(own[PIPES]))  # the machine's
+        with served(True) as environment:
+            assert environment == {}
     monkeypatch.setattr(sharing, "_OWN_PIPES", notes / "nobody listens")
     monkeypatch.setenv("PATH", "/nowhere")
     with served(True) as environment:
         assert environment == {}
+
+
+@pytest.mark.parametrize("kind", ["socket", "pipe"])
+def test_pipes_that_a_daemon_has_left_behind_turn_nothing_off(notes, monkeypatch, kind):
+    left = notes / "left"
+    left.mkdir()
+    monkeypatch.setattr(sharing, "_OWN_PIPES", left)
+    if kind == "pipe":
+        os.mkfifo(left / "control")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as dead:
+        if kind == "socket":
+            dead.bind(str(left / "control"))
+    with served(True) as environment:
+        assert environment[PIPES] != str(left)
+    (notes / "quit").unlink()
+    monkeypatch.setenv(PIPES, str(left))
+    with pytest.warns(UserWarning, match="no daemon listens there"), served(True) as environment:
+        assert environment[PIPES] != str(left)
+
+
+def test_a_pipe_that_is_read_is_somebody_s(tmp_path):
+    os.mkfifo(tmp_path / "control")
+    assert not listens(tmp_path)
+    reading = os.open(tmp_path / "control", os.O_RDONLY | os.O_NONBLOCK)
+    assert listens(tmp_path)
+    os.close(reading)
 
 
 def test_a_daemon_that_does_not_start_is_said(notes):

@@ -7,27 +7,33 @@ any rights or settings of its own; here it belongs to the run alone, on pipes in
     with served(shared) as environment:      # {} where nothing is shared or the service is not to be had
         ProcessHost(…, environment)
 
-    python -m ilr_fast.hosts.sharing DAEMON FOLDER    # keeps the daemon until its standard input ends, by a kill too
+    python -m ilr_fast.hosts.sharing DAEMON    # keeps the daemon until its standard input ends, by a kill too
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import os
 import shutil
 import signal
+import socket
+import stat
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 DAEMON = "nvidia-cuda-mps-control"
 PIPES, LOGS = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
-_OWN_PIPES = Path("/tmp/nvidia-mps/control")  # where a daemon listens that is told nothing
+_OWN_PIPES = Path("/tmp/nvidia-mps")  # where a daemon listens that is told nothing
 _STARTS, _ENDS = 10.0, 3.0  # seconds that the daemon may take
+_LONGEST = 107 - len("/control_privileged")  # bytes of a folder's path: a socket's has at most 107
+_PREFIX, _PR_SET_CHILD_SUBREAPER = "ilr-fast-mps-", 36
 
 
 @contextlib.contextmanager
@@ -35,25 +41,44 @@ def served(shared: bool) -> Iterator[dict[str, str]]:
     """What to add to the environment of processes that share a GPU, for as long as this is open.
 
     Empty where nothing is `shared`, where the daemon is not installed, and where one listens already: clients find it
-    by themselves. A daemon that does not start costs a warning.
+    by themselves. A daemon that does not start costs a warning, and so does a folder of pipes that the user has named
+    and at which nobody listens.
     """
-    daemon = shutil.which(DAEMON) if shared and not _listens(os.environ) else None
+    daemon = shutil.which(DAEMON) if shared and not _is_client(os.environ) else None
     if daemon is None:
         yield {}
         return
-    # a server may still write its log when the folder goes
-    temporary = TemporaryDirectory(prefix="ilr-fast-mps-", ignore_cleanup_errors=True)
-    with temporary as folder, contextlib.ExitStack() as stack:
-        keeper = stack.enter_context(_keeper(daemon, folder))
-        said = keeper.stdout.readline().strip()  # type: ignore[union-attr]
-        if said != "listens":
+    with _keeper(daemon) as said:
+        word, _, folder = said.partition(" ")
+        if word != "listens":
             warnings.warn(f"agents' processes take turns on the GPU: {said or DAEMON + ' did not start'}", stacklevel=3)
-        yield _environment(folder, os.environ) if said == "listens" else {}
+        yield _environment(folder, os.environ) if word == "listens" else {}
 
 
-def _listens(environment: Mapping[str, str]) -> bool:
+def _is_client(environment: Mapping[str, str]) -> bool:
     """Whether new processes are some daemon's clients anyway."""
-    return PIPES in environment or _OWN_PIPES.exists()
+    named = environment.get(PIPES)
+    found = listens(Path(named) if named else _OWN_PIPES)
+    if named and not found:
+        told = f"{PIPES}={named}: no daemon listens there; the run starts one of its own"
+        warnings.warn(told, stacklevel=4)
+    return found
+
+
+def listens(folder: Path) -> bool:
+    """Whether a daemon listens at its pipes: a socket that one has left behind refuses."""
+    path = folder / "control"
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISFIFO(mode):
+            os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+            return True
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as knocking:
+            knocking.settimeout(1.0)
+            knocking.connect(str(path))
+    except OSError as error:  # a socket of another kind is somebody's
+        return error.errno == errno.EPROTOTYPE
+    return True
 
 
 def _environment(folder: str, outside: Mapping[str, str]) -> dict[str, str]:
@@ -70,43 +95,96 @@ def _places(folder: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _keeper(daemon: str, folder: str) -> Iterator[subprocess.Popen[str]]:
-    """This module as a process, in a session of its own, so that a Ctrl-C does not reach it."""
+def _keeper(daemon: str) -> Iterator[str]:
+    """This module as a process, in a session of its own, so that a Ctrl-C does not reach it; what it says."""
     keeper = subprocess.Popen(
-        [sys.executable, "-m", __name__, daemon, folder],
+        [sys.executable, "-m", __name__, daemon],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )  # fmt: skip
+    said = ""
     try:
-        yield keeper
+        with keeper:  # its input ends, and it is waited for
+            said = keeper.stdout.readline().strip()  # type: ignore[union-attr]
+            yield said
     finally:
-        keeper.stdin.close()  # type: ignore[union-attr]
-        keeper.wait()
-        keeper.stdout.close()  # type: ignore[union-attr]
+        word, _, folder = said.partition(" ")
+        if keeper.returncode < 0 and word == "listens":  # it was killed
+            _quit(daemon, os.environ | _places(folder))
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def _keep(daemon: str, folder: str) -> None:
-    """Runs the daemon, says whether it listens, and ends it with the standard input."""
+def _keep(daemon: str) -> None:
+    """Runs the daemon, says where it listens, and ends it and all that it has started with the standard input."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    environment = os.environ | _places(folder)
-    with open(Path(folder, "output.log"), "w+", encoding="utf-8") as log:
-        running = subprocess.Popen([daemon, "-f"], env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        end = time.monotonic() + _STARTS
-        while not Path(folder, "control").exists() and running.poll() is None and time.monotonic() < end:
-            time.sleep(0.02)
-        if Path(folder, "control").exists() and running.poll() is None:
-            print("listens", flush=True)
-        else:
-            log.seek(0)
-            print(" ".join(log.read().split())[-300:], flush=True)
-        sys.stdin.read()
-        with contextlib.suppress(subprocess.TimeoutExpired, OSError):  # servers whose clients are gone end at once
-            told = f"quit -t {_ENDS:.0f}\n"
-            subprocess.run([daemon], input=told, env=environment, text=True, stdout=log, stderr=log, timeout=2 * _ENDS)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            running.wait(_ENDS)
-        running.kill()
-        running.wait()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    with contextlib.suppress(AttributeError):  # not on Linux
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    folder = _folder()
+    environment, log = os.environ | _places(folder), Path(folder, "output.log")
+    try:
+        with open(log, "wb") as output:
+            command = [daemon, "-f"]
+            running = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        try:
+            print(_started(running, folder) or " ".join(log.read_text(errors="replace").split())[-300:], flush=True)
+            sys.stdin.read()
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            _quit(daemon, environment)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                running.wait(_ENDS)
+            _kill_children()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _folder() -> str:
+    """A new folder for pipes, whose path is not too long."""
+    place = tempfile.gettempdir()
+    fits = len(os.fsencode(place)) + len(f"/{_PREFIX}") + 8 <= _LONGEST
+    return tempfile.mkdtemp(prefix=_PREFIX, dir=place if fits else "/tmp")
+
+
+def _started(running: subprocess.Popen[bytes], folder: str) -> str:
+    """Waits for the daemon; empty where it does not listen in time."""
+    end = time.monotonic() + _STARTS
+    while running.poll() is None and time.monotonic() < end:
+        if listens(Path(folder)):
+            return f"listens {folder}"
+        time.sleep(0.02)
+    return ""
+
+
+def _quit(daemon: str, environment: Mapping[str, str]) -> None:
+    """Asks a daemon to end, with its servers; those whose clients are gone end at once."""
+    told, quiet = f"quit -t {_ENDS:.0f}\n", subprocess.DEVNULL
+    with contextlib.suppress(subprocess.TimeoutExpired, OSError):
+        subprocess.run(
+            [daemon], input=told, env=environment, text=True, stdout=quiet, stderr=quiet, timeout=2 * _ENDS
+        )
+
+
+def _kill_children() -> None:
+    """Whatever the daemon has left: what a process that is killed had started becomes this one's child (Linux)."""
+    end = time.monotonic() + _ENDS
+    while (children := _children()) and time.monotonic() < end:
+        for child in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(child, os.WNOHANG)
+        time.sleep(0.02)
+
+
+def _children() -> list[int]:
+    """This process's children, by the kernel's list."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            _, parent, *_ = path.read_text().rpartition(")")[2].split()
+            found += [int(path.parent.name)] if int(parent) == os.getpid() else []
+    return found
 
 
 if __name__ == "__main__":
