@@ -144,7 +144,8 @@ def _start(config: Config, logs: Path, stack: ExitStack) -> dict[str, ProcessHos
 
     crew: list[Link] = []
     hosts = {}
-    environment = stack.enter_context(served(config.mps == "auto" and _share_a_gpu(config)))
+    shared = config.mps == "auto" and _share_a_gpu(config)
+    environment = stack.enter_context(served(shared, keep_step=not config.deterministic))
     for name, agent in config.agents.items():
         if agent.host == "process":
             hosts[name] = ProcessHost(name, config, logs, crew, environment)

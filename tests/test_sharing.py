@@ -18,6 +18,7 @@ from end_to_end import agent, save_models, write_config
 
 from ilr_fast import loading, team
 from ilr_fast.config_parse import load_config
+from ilr_fast.engines.pace import PLACE
 from ilr_fast.hosts import sharing
 from ilr_fast.hosts.sharing import DAEMON, LOGS, PIPES, listens, served
 
@@ -101,7 +102,7 @@ def test_a_long_path_for_temporary_files_is_not_taken(notes, monkeypatch):
 def test_devices_that_have_names_keep_them(notes, monkeypatch, seen):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
     with served(True) as environment:
-        assert set(environment) == {PIPES, LOGS}
+        assert set(environment) == {PIPES, LOGS, PLACE}
 
 
 def test_no_service_where_none_is_needed_or_one_is_there(notes, monkeypatch):
@@ -110,10 +111,10 @@ def test_no_service_where_none_is_needed_or_one_is_there(notes, monkeypatch):
     with monkeypatch.context() as patched, served(True) as own:
         patched.setenv(PIPES, own[PIPES])  # the user's own daemon
         with served(True) as environment:
-            assert environment == {}
+            assert set(environment) == {PLACE}
         patched.delenv(PIPES)
         patched.setattr(sharing, "_OWN_PIPES", Path(own[PIPES]))  # the machine's
-        with served(True) as environment:
+        with served(True, keep_step=False) as environment:
             assert environment == {}
     monkeypatch.setattr(sharing, "_OWN_PIPES", notes / "nobody listens")
     monkeypatch.setenv("PATH", "/nowhere")
@@ -173,13 +174,16 @@ def test_workers_are_its_clients(notes, tmp_path, monkeypatch):
     config = load_config(str(write_config(tmp_path, models, agents=agents)))
     monkeypatch.setattr(team, "_share_a_gpu", lambda config: True)
 
-    def clients(mps: str) -> list[bool]:
+    def told(**keys: object) -> list[list[str]]:
         with ExitStack() as stack:
-            hosts = team._start(replace(config, mps=mps), tmp_path, stack).values()
-            return [f"{PIPES}=".encode() in Path(f"/proc/{host.pid}/environ").read_bytes() for host in hosts]
+            hosts = team._start(replace(config, **keys), tmp_path, stack).values()
+            places = [Path(f"/proc/{host.pid}/environ").read_bytes() for host in hosts]
+            return [[name for name in (PIPES, PLACE) if f"{name}=".encode() in place] for place in places]
 
-    assert clients("never") == [False, False] and not (notes / "pid").exists()
-    assert clients("auto") == [True, True] and gone(notes, 0)
+    assert told(mps="never") == [[], []] and not (notes / "pid").exists()
+    assert told(mps="auto", deterministic=False) == [[PIPES, PLACE]] * 2 and gone(notes, 0)
+    (notes / "quit").unlink()
+    assert told(mps="auto", deterministic=True) == [[PIPES]] * 2  # the command takes the steps in turn anyway
 
 
 def test_who_shares(tmp_path, monkeypatch):

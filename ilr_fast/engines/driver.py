@@ -13,11 +13,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from ilr_fast.engines.pace import Pace
+
 # Passes of the event loop between two steps: enough for a finished turn to reach its peers and come back as requests.
 PASSES_BETWEEN_STEPS = 12
+HELD = 5e-5  # seconds between two looks at who is held back (pace.py)
 LATER = 2**30  # collections of middle-aged objects before one of all
 
 _driven: set[Driver] = set()
@@ -25,10 +30,19 @@ _thresholds: list[tuple[int, int, int]] = []  # as they were before the first be
 
 
 class Driver:
-    """`step` takes a step and says whether there may be more to do; `waiting` are the futures that steps answer."""
+    """`step` takes a step and says whether there may be more to do; `waiting` are the futures that steps answer.
 
-    def __init__(self, step: Callable[[], bool], waiting: Callable[[], Iterable[asyncio.Future[Any]]]):
+    `paced`: it keeps step with the engines of other processes, where this one was started so (pace.py).
+    """
+
+    def __init__(
+        self,
+        step: Callable[[], bool],
+        waiting: Callable[[], Iterable[asyncio.Future[Any]]],
+        paced: bool = False,
+    ):
         self._step, self._waiting = step, waiting
+        self._pace = Pace.joined(os.environ) if paced else None
         self._task: asyncio.Task[None] | None = None
 
     def wake(self) -> None:
@@ -44,12 +58,20 @@ class Driver:
                 while True:
                     for _ in range(PASSES_BETWEEN_STEPS):
                         await asyncio.sleep(0)
+                    while self._pace is not None and not self._pace.may_step():
+                        time.sleep(HELD)
+                        await asyncio.sleep(0)
                     if not self._step():
                         return
+                    if self._pace is not None and not list(self._waiting()):  # the next pass may bring an update
+                        self._pace.rest()
             except Exception as error:
                 for future in list(self._waiting()):
                     if not future.done():
                         future.set_exception(error)
+            finally:
+                if self._pace is not None:
+                    self._pace.rest()
 
 
 @contextlib.contextmanager

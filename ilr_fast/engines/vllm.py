@@ -92,7 +92,7 @@ class VllmEngine:
         self._unformed: deque[str] = deque()
         self._admission = Admission(options.tokens_in_flight or self._core.cache_tokens, options.slots)
         self._names = itertools.count()
-        self._driver = Driver(self._take_step, lambda: [request.future for request in self._requests.values()])
+        self._driver = Driver(self._take_step, lambda: [r.future for r in self._requests.values()], paced=True)
         self._stats = EngineStats()
         self.residence: Residence = "awake"
 

@@ -28,6 +28,8 @@ import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from ilr_fast.engines.pace import paced
+
 DAEMON = "nvidia-cuda-mps-control"
 PIPES, LOGS = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
 _OWN_PIPES = Path("/tmp/nvidia-mps")  # where a daemon listens that is told nothing
@@ -37,22 +39,28 @@ _PREFIX, _PR_SET_CHILD_SUBREAPER = "ilr-fast-mps-", 36
 
 
 @contextlib.contextmanager
-def served(shared: bool) -> Iterator[dict[str, str]]:
+def served(shared: bool, keep_step: bool = True) -> Iterator[dict[str, str]]:
     """What to add to the environment of processes that share a GPU, for as long as this is open.
 
-    Empty where nothing is `shared`, where the daemon is not installed, and where one listens already: clients find it
-    by themselves. A daemon that does not start costs a warning, and so does a folder of pipes that the user has named
-    and at which nobody listens.
+    Empty where nothing is `shared` and where no daemon is to be had. Where one listens already, clients find it by
+    themselves. With `keep_step` their engines do (engines/pace.py). A daemon that does not start costs a warning, and
+    so does a folder of pipes that the user has named and at which nobody listens.
     """
-    daemon = shutil.which(DAEMON) if shared and not _is_client(os.environ) else None
-    if daemon is None:
+    if not shared:
         yield {}
         return
-    with _keeper(daemon) as said:
-        word, _, folder = said.partition(" ")
-        if word != "listens":
-            warnings.warn(f"agents' processes take turns on the GPU: {said or DAEMON + ' did not start'}", stacklevel=3)
-        yield _environment(folder, os.environ) if word == "listens" else {}
+    with paced() if keep_step else contextlib.nullcontext({}) as pace:
+        if _is_client(os.environ):
+            yield {**pace}
+        elif daemon := shutil.which(DAEMON):
+            with _keeper(daemon) as said:
+                word, _, folder = said.partition(" ")
+                if word != "listens":
+                    told = said or f"{DAEMON} did not start"
+                    warnings.warn(f"agents' processes take turns on the GPU: {told}", stacklevel=3)
+                yield _environment(folder, os.environ) | pace if word == "listens" else {}
+        else:
+            yield {}
 
 
 def _is_client(environment: Mapping[str, str]) -> bool:
