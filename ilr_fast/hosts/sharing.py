@@ -49,16 +49,17 @@ def served(shared: bool, keep_step: bool = True) -> Iterator[dict[str, str]]:
     if not shared:
         yield {}
         return
-    with paced() if keep_step else contextlib.nullcontext({}) as pace:
+    with contextlib.ExitStack() as stack:
+        pace = stack.enter_context(paced()) if keep_step else {}
         if _is_client(os.environ):
             yield {**pace}
         elif daemon := shutil.which(DAEMON):
-            with _keeper(daemon) as said:
-                word, _, folder = said.partition(" ")
-                if word != "listens":
-                    told = said or f"{DAEMON} did not start"
-                    warnings.warn(f"agents' processes take turns on the GPU: {told}", stacklevel=3)
-                yield _environment(folder, os.environ) | pace if word == "listens" else {}
+            said = stack.enter_context(_keeper(daemon))
+            word, _, folder = said.partition(" ")
+            if word != "listens":
+                told = said or f"{DAEMON} did not start"
+                warnings.warn(f"agents' processes take turns on the GPU: {told}", stacklevel=3)
+            yield _environment(folder, os.environ) | pace if word == "listens" else {}
         else:
             yield {}
 
