@@ -61,8 +61,8 @@ class EngineConfig:
     )
     quantization: Literal["none", "fp8"] = key(
         "none",
-        "vllm, with `weights: copy`: 8-bit weights of its linear layers, made anew after every update. "
-        "No rollout with fp8 has been seen running (docs/engines.md).",
+        "vllm, with `weights: copy`: 8-bit weights of its linear layers, made anew after every update; "
+        "what that changes: docs/engines.md.",
     )
     cache_gib: float | None = key(
         None,
