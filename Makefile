@@ -22,6 +22,7 @@ test: $(VENV)/ready-dev
 
 # vLLM's CPU build: shared weights, updates in place, log-probs and a short run of two agents.
 test-vllm: $(VENV)-vllm/ready
+	@$(VENV)-vllm/bin/python -c 'import vllm'  # where it can't be imported, tests would be skipped
 	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest tests -m vllm
 
 lint: $(VENV)/ready-dev
