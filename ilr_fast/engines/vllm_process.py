@@ -13,6 +13,7 @@ the trainer changes.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ def prepare_process(*, pieces: bool = True, exact: bool = False) -> None:
     quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
     for name, value in (quiet | ({"VLLM_USE_BREAKABLE_CUDAGRAPH": "1"} if pieces else {})).items():
         os.environ.setdefault(name, value)
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())  # vLLM sets it later than it speaks
 
 
 def import_vllm() -> None:
