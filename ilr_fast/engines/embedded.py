@@ -27,7 +27,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -39,22 +39,10 @@ from ilr_fast.engines.cache import CachePlan, SlotCache
 from ilr_fast.engines.driver import Driver
 from ilr_fast.engines.mistakes import failure_of, mistake_of
 from ilr_fast.engines.sampler import sample
+from ilr_fast.engines.stats import EngineStats
 from ilr_fast.engines.step_size import logit_rows, prompt_tokens
 from ilr_fast.engines.stops import Decoder, StopStrings
 from ilr_fast.types import FinishReason, Generation, Residence, Sampling
-
-
-@dataclass(slots=True)
-class EngineStats:
-    """Counts since the engine was made; `seconds` are those spent in steps."""
-
-    requests: int = 0
-    failed: int = 0
-    steps: int = 0
-    tokens_generated: int = 0
-    tokens_prompt: int = 0
-    tokens_reused: int = 0  # of the prompts' tokens, those that were not computed again
-    seconds: float = 0.0
 
 
 class EmbeddedEngine:

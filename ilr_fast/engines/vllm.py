@@ -33,9 +33,9 @@ import torch
 from ilr_fast.engines.admission import Admission
 from ilr_fast.engines.device_memory import OutOfMemory
 from ilr_fast.engines.driver import Driver
-from ilr_fast.engines.embedded import EngineStats
 from ilr_fast.engines.exact import trainers_kernel
 from ilr_fast.engines.mistakes import failure_of, mistake_of
+from ilr_fast.engines.stats import EngineStats
 from ilr_fast.engines.stops import Decoder, StopStrings
 from ilr_fast.engines.vllm_core import CoreOptions, open_core
 from ilr_fast.engines.vllm_logps import Noise, sample_in_float32
