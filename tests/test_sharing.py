@@ -19,8 +19,10 @@ from end_to_end import agent, save_models, write_config
 from ilr_fast import loading, team
 from ilr_fast.config_parse import load_config
 from ilr_fast.engines.pace import PLACE
-from ilr_fast.hosts import sharing
-from ilr_fast.hosts.sharing import DAEMON, LOGS, PIPES, listens, served
+from ilr_fast.errors import UserError
+from ilr_fast.hosts import HostLost, sharing
+from ilr_fast.hosts.link import Link
+from ilr_fast.hosts.sharing import DAEMON, LOGS, PIPES, hint, listens, served
 
 # Listens until it is told to quit; both of its ways to be called, as NVIDIA's. Where it is stubborn it does not quit.
 FAKE = """#!{python}
@@ -202,3 +204,30 @@ def test_who_shares(tmp_path, monkeypatch):
     assert not shares("cuda", "process", "local") and not shares("cpu", "process", "process")
     assert not shares("cuda", "process", "process", device="cuda:1")
     assert not shares("cuda", "process", "process", sleep="turns")
+
+
+# Answers with a mistake of the user's where it is asked to open, else ends with an error of CUDA's.
+WORKER = """
+import sys
+from ilr_fast.hosts import messages
+from ilr_fast.hosts.worker import pipes
+requests, answers = pipes()
+for message in messages.read(requests):
+    if message["call"] != "open":
+        sys.exit("RuntimeError: CUDA error: MPS client failed to connect to the MPS control daemon")
+    messages.write(answers, {"answers": [[message["id"], None, ["user", "no CUDA device", "ada", "use cpu"]]]})
+"""
+
+
+@pytest.mark.parametrize("environment", [{}, {PIPES: "/nowhere"}])
+def test_an_error_that_may_be_the_server_s_names_the_way_without(tmp_path, monkeypatch, environment):
+    (tmp_path / "made_up_worker.py").write_text(WORKER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    link = Link("ada", "made_up_worker", tmp_path / "ada.log", [], environment=environment)
+    with pytest.raises(UserError, match="no CUDA device") as mistake:
+        link.ask("open").result(30)
+    with pytest.raises(HostLost, match="failed to connect") as lost:
+        link.ask("generate").result(30)
+    link.close()
+    assert [("mps: never" in str(error.value)) for error in (mistake, lost)] == [bool(environment)] * 2
+    assert not hint("the model is not there", {PIPES: "/x"}) and not hint("CUDA out of memory", {PIPES: "/x"})

@@ -26,7 +26,9 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from ilr_fast.errors import UserError
 from ilr_fast.hosts import HostLost, messages
+from ilr_fast.hosts.sharing import hint
 from ilr_fast.hosts.worker_log import WorkerLog
 
 PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
@@ -55,7 +57,8 @@ class Link:
         self._closed = False
         self._hang_limit, self._moves, self._at = hang_limit, 0, "its start"
         self._moved = time.monotonic()  # when something was asked or answered, or progress was last seen
-        self._process = _spawn(module, environment or {})
+        self._environment = environment or {}
+        self._process = _spawn(module, self._environment)
         self._log = WorkerLog(self._process.stderr, log)  # type: ignore[arg-type]
         crew.append(self)
         for part in (self._listen, self._speak, *([self._watch] if hang_limit is not None else [])):
@@ -143,7 +146,15 @@ class Link:
         if error is None:
             future.set_result(value)
         else:
-            future.set_exception(messages.to_error(error))
+            future.set_exception(self._hinted(messages.to_error(error)))
+
+    def _hinted(self, error: Exception) -> Exception:
+        told = hint(str(error), self._environment)
+        return (
+            UserError(error.what, error.where, f"{error.remedy}; {told}")
+            if isinstance(error, UserError) and told
+            else error
+        )
 
     def _fail(self, lost: HostLost) -> None:
         with self._lock:
@@ -164,7 +175,9 @@ class Link:
             status = -signal.SIGKILL
         tail = self._log.tail()
         log = f"its log is {self._log.path}" + (f"; it ends:\n{tail}" if tail else "")
-        return HostLost(f"{self.name}: its process {_ended(status, self._words)}\n  → {log}")
+        told = hint(f"{self._words}\n{tail}", self._environment)
+        more = f"\n  → {told}" if told else ""
+        return HostLost(f"{self.name}: its process {_ended(status, self._words)}{more}\n  → {log}")
 
 
 def _spawn(module: str, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:

@@ -16,6 +16,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import re
 import shutil
 import signal
 import socket
@@ -62,6 +63,12 @@ def served(shared: bool, keep_step: bool = True) -> Iterator[dict[str, str]]:
             yield _environment(folder, os.environ) | pace if word == "listens" else {}
         else:
             yield {}
+
+
+def hint(told: str, environment: Mapping[str, str]) -> str:
+    """What to try where an error of a process with this environment may come from the server; else empty."""
+    blamed = PIPES in environment and re.search(r"\bMPS\b|CUDA|\bcuda\b", told) and "out of memory" not in told
+    return "`mps: never` goes without the MPS server that its process was a client of" if blamed else ""
 
 
 def _is_client(environment: Mapping[str, str]) -> bool:
@@ -169,9 +176,7 @@ def _quit(daemon: str, environment: Mapping[str, str]) -> None:
     """Asks a daemon to end, with its servers; those whose clients are gone end at once."""
     told, quiet = f"quit -t {_ENDS:.0f}\n", subprocess.DEVNULL
     with contextlib.suppress(subprocess.TimeoutExpired, OSError):
-        subprocess.run(
-            [daemon], input=told, env=environment, text=True, stdout=quiet, stderr=quiet, timeout=2 * _ENDS
-        )
+        subprocess.run([daemon], input=told, env=environment, text=True, stdout=quiet, stderr=quiet, timeout=2 * _ENDS)
 
 
 def _kill_children() -> None:
