@@ -4,9 +4,11 @@
 
 Models with random weights, of Qwen2's 1.5B and Llama 3.2's 1B shape, and 256 dialogues each as in `bench rollout`, all
 in flight: with a process for each agent, as under `host: process`, clients of one MPS server where one can be
-started (ilr_fast/hosts/sharing.py; else they take turns on the GPU); and with both engines in one process, driven by
-one event loop, the second one on a CUDA stream of its own. Every round times each agent alone, then both; the processes
-are held against the faster way of one after the other. At last 128 dialogues each in one process.
+started (ilr_fast/hosts/sharing.py; else they take turns on the GPU), which keep step (ilr_fast/engines/pace.py); and
+with both engines in one process, driven by one event loop, the second one on a CUDA stream of its own. Every round
+times both ways: each agent alone, then both. Both at the same time are held against the faster way of one after the
+other, and against what is done without such an engine: one after the other, stage by stage with a barrier after each.
+At last 128 dialogues each in one process.
 
     python -m ilr_benchmarks.rollout_agents '{"family": "qwen", "slots": 256, …}'    # a process: runs for every line
 """
@@ -19,20 +21,21 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 from ilr_benchmarks.common import row
 from ilr_benchmarks.rollout_engine import error_of, options, ratio, speed, started, timed
-from ilr_benchmarks.rollout_load import TURNS, Load, talk
+from ilr_benchmarks.rollout_load import TURNS, Load, in_stages, talk
 
 from ilr_fast.errors import UserError
-from ilr_fast.hosts.sharing import served
+from ilr_fast.hosts.sharing import PIPES, served
 
 TARGET = 1.1
 Row = dict[str, Any]
-Times = tuple[list[float], list[float]]
+Way = tuple[list[Callable[[], float]], Callable[[], float]]  # each agent alone, and both
+Times = list[list[float]]
 FAMILIES = ("qwen", "llama")
 
 
@@ -47,62 +50,78 @@ def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> Iterator[d
     except UserError as error:
         yield row("both at the same time", shape, [], status=str(error).splitlines()[0])
         return
-    apart, way = yield from _apart(slots, rounds, quick, device)
-    work, fewer, errors = [], [], []
-    for family in FAMILIES:
-        engine, model = started({}, family, options(slots, quick), quick, device)
-        work.append((engine, _load(model, slots, quick)))
-        fewer.append((engine, _load(model, slots // 2, quick)))
-        errors.append(lambda engine=engine, model=model: error_of(engine, model))
+    with _processes(slots, quick, device) as (way, processes):
+        engines = [started({}, family, options(slots, quick), quick, device) for family in FAMILIES]
+        work = [(engine, _load(model, slots, quick)) for engine, model in engines]
+        told = [json.loads(_answer(process)) for process in processes]  # they have warmed up
+        ways = {way: _two_processes(processes), "one process": _one_process(work)}
+        times = _timed(ways, rounds)
     tokens = [load.generated for _, load in work]
-    after, _ = yield from _rows("one process", shape, rounds, tokens, *_one_process(work))
-    faster = min(after, apart[0], key=np.median)
-    yield from ratio(f"both, {way}, beside the faster way of one after the other", shape, faster, apart[1], TARGET)
-    for family, error in zip(FAMILIES, errors, strict=True):
-        yield row(f"{family} beside the other engine", shape, [], error=error(), status="right")
+    for how in ways:
+        yield from _rows(how, shape, tokens, times[how])
+    after = min((_sums(times[how]) for how in ways), key=np.median)
+    for how in ways:
+        both = [seconds[-1] for seconds in times[how]]
+        yield from ratio(f"both, {how}, beside the faster way of one after the other", shape, after, both, TARGET)
+    for family, one, (engine, model) in zip(FAMILIES, told, engines, strict=True):
+        yield row(f"{family}, {way}", shape, [], error=one["error"], status="right")
+        yield row(f"{family} beside the other engine", shape, [], error=error_of(engine, model), status="right")
+    stages = [sum(timed(lambda one=one: asyncio.run(in_stages(*one)), one[0]) for one in work)]
+    yield row("one after the other, stage by stage with barriers", shape, stages, **speed(stages, sum(tokens)))
+    both = min(([seconds[-1] for seconds in times[how]] for how in ways), key=np.median)
+    yield from ratio("both, the faster way, beside stage by stage with barriers", shape, stages, both)
     if only_ours:
         return
+    fewer = [(engine, _load(model, slots // 2, quick)) for engine, model in engines]
+    times = _timed({"one process": _one_process(fewer)}, rounds)
     half = [load.generated for _, load in fewer]
-    yield from _rows("one process", _shape(slots // 2, quick), rounds, half, *_one_process(fewer))
+    yield from _rows("one process", _shape(slots // 2, quick), half, times["one process"])
 
 
-def _apart(slots: int, rounds: int, quick: bool, device: str) -> Generator[Row, None, tuple[Times, str]]:
-    """Rows of a process each; the seconds of one after the other and of both, and how the GPU was shared."""
-    shape, given = _shape(slots, quick), dict(slots=slots, quick=quick, device=device)
+@contextlib.contextmanager
+def _processes(slots: int, quick: bool, device: str) -> Iterator[tuple[str, list[Any]]]:
+    """How processes share the GPU, and a process for each agent."""
+    given = dict(slots=slots, quick=quick, device=device)
     with served(device == "cuda") as environment, contextlib.ExitStack() as stack:
-        way = "a process each" + (", MPS" if environment else "")
+        way = "a process each" + (", MPS" if PIPES in environment else "")
         processes = [_process({"family": family, **given}, environment) for family in FAMILIES]
         for process in processes:
             stack.callback(process.wait)
             stack.callback(process.kill)
-        told = [json.loads(_answer(process)) for process in processes]  # they have warmed up
-        times = yield from _rows(way, shape, rounds, [one["tokens"] for one in told], *_two_processes(processes))
-        for family, one in zip(FAMILIES, told, strict=True):
-            yield row(f"{family}, {way}", shape, [], error=one["error"], status="right")
-    return times, way
+        yield way, processes
 
 
 def _shape(dialogues: int, quick: bool) -> str:
     return f"{'small' if quick else 'Qwen2 1.5B and Llama 1B'}, {dialogues} dialogues of {TURNS} turns each"
 
 
-def _rows(
-    how: str, shape: str, rounds: int, tokens: list[int], alone: list[Callable[[], float]], both: Callable[[], float]
-) -> Generator[Row, None, Times]:
-    """Every round times each agent alone, then both; the seconds of one after the other, and of both."""
-    both()  # whatever is loaded or compiled first
-    times: list[list[float]] = [[one() for one in (*alone, both)] for _ in range(rounds)]
+def _timed(ways: dict[str, Way], rounds: int) -> dict[str, Times]:
+    """Of each way and round, the seconds of each agent alone, then of both."""
+    for _, both in ways.values():
+        both()  # whatever is loaded or compiled first
+    times: dict[str, Times] = {how: [] for how in ways}
+    for _ in range(rounds):
+        for how, (alone, both) in ways.items():
+            times[how].append([one() for one in (*alone, both)])
+    return times
+
+
+def _sums(times: Times) -> list[float]:
+    return [sum(seconds[:-1]) for seconds in times]
+
+
+def _rows(how: str, shape: str, tokens: list[int], times: Times) -> Iterator[Row]:
+    """Each agent alone, one after the other, and both."""
     columns = [list(column) for column in zip(*times, strict=True)]
     for family, seconds, generated in zip(FAMILIES, columns, tokens, strict=False):
         yield row(f"{family} alone, {how}", shape, seconds, **speed(seconds, generated))
-    after = [sum(seconds[:-1]) for seconds in times]
+    after = _sums(times)
     yield row(f"one after the other, {how}", shape, after, **speed(after, sum(tokens)))
     yield row(f"both at the same time, {how}", shape, columns[-1], **speed(columns[-1], sum(tokens)))
     yield from ratio(f"both beside one after the other, {how}", shape, after, columns[-1], TARGET)
-    return after, columns[-1]
 
 
-def _one_process(work: list[tuple[Any, Load]]) -> tuple[list[Callable[[], float]], Callable[[], float]]:
+def _one_process(work: list[tuple[Any, Load]]) -> Way:
     async def together() -> None:
         await asyncio.gather(*(talk(engine, load) for engine, load in work))
 
@@ -110,7 +129,7 @@ def _one_process(work: list[tuple[Any, Load]]) -> tuple[list[Callable[[], float]
     return alone, lambda: timed(lambda: asyncio.run(together()), *(engine for engine, _ in work))
 
 
-def _two_processes(processes: list[Any]) -> tuple[list[Callable[[], float]], Callable[[], float]]:
+def _two_processes(processes: list[Any]) -> Way:
     def at_once(some: list[Any]) -> float:
         def go() -> None:
             for process in some:
