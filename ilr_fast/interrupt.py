@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: at once while nothing can be lost, after the critical section otherwise.
+"""Ctrl-C, SIGTERM, a closed terminal: at once while nothing can be lost, after the critical section otherwise.
 
     with Interrupt() as interrupt:
         dialogues = generate()              # interrupted at once
@@ -8,8 +8,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import termios
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +21,10 @@ WAITING = b"\ninterrupted: the update or checkpoint under way is finished first;
 
 
 class Interrupt:
-    """Turns SIGINT and SIGTERM into KeyboardInterrupt, put off while `held()`; a second one is not put off."""
+    """Turns SIGINT, SIGTERM and SIGHUP into KeyboardInterrupt, put off while `held()`; a second one is not put off.
+
+    SIGHUP stays ignored where it is, as under nohup.
+    """
 
     def __init__(self) -> None:
         self._holding = False
@@ -28,8 +33,9 @@ class Interrupt:
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._on_signal)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -37,6 +43,8 @@ class Interrupt:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            _leave_closed_terminals()
         if self._holding and not self._pending:
             self._pending = True
             os.write(2, WAITING)  # not by print, which may be in the middle of a line
@@ -55,3 +63,15 @@ class Interrupt:
         if self._pending:
             self._pending = False
             raise KeyboardInterrupt
+
+
+def _leave_closed_terminals() -> None:
+    """What is said from here on goes nowhere, instead of being an error that ends what is to be saved."""
+    for descriptor in (1, 2):
+        try:
+            termios.tcgetattr(descriptor)
+        except termios.error as error:
+            if error.args[0] == errno.EIO:
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, descriptor)
+                os.close(null)

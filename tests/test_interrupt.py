@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import pty
 import signal
+import sys
 
 import pytest
 
@@ -20,7 +22,7 @@ def test_at_once_where_nothing_can_be_lost(capfd):
     assert capfd.readouterr().err == ""
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_put_off_until_the_block_is_done_and_said_so(capfd, number):
     done = []
     with Interrupt() as interrupt, pytest.raises(KeyboardInterrupt):
@@ -42,3 +44,35 @@ def test_a_second_one_is_not_put_off(capfd):
     with Interrupt():
         assert signal.getsignal(signal.SIGINT) != previous
     assert signal.getsignal(signal.SIGINT) == previous
+
+
+def test_a_closed_terminal_is_ignored_under_nohup():
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupt():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+def test_what_is_said_to_a_closed_terminal_ends_nothing(tmp_path):
+    script = f"""
+import os, signal, time
+from ilr_fast.interrupt import Interrupt
+with Interrupt() as interrupt:
+    try:
+        with interrupt.held():
+            print("begun", flush=True)
+            while not interrupt._pending:
+                time.sleep(0.01)
+            print("said", flush=True)
+    except KeyboardInterrupt:
+        open({str(tmp_path / "saved")!r}, "w").close()
+"""
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(sys.executable, [sys.executable, "-c", script])
+    assert os.read(terminal, 5) == b"begun"
+    os.close(terminal)
+    assert os.waitpid(child, 0)[1] == 0 and (tmp_path / "saved").exists()
