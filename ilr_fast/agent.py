@@ -33,6 +33,7 @@ from ilr_fast.config import AgentConfig, Config
 from ilr_fast.flash_attention import RaggedKernel
 from ilr_fast.fused_layers import fuse_layers
 from ilr_fast.gradients import GradientSinks
+from ilr_fast.layer_graphs import LayerGraphs, make_graphs
 from ilr_fast.loading import load_policy, load_reference, recompute_activations, restore_weights
 from ilr_fast.models import resolve_model
 from ilr_fast.optimizer import Optimizer
@@ -85,6 +86,7 @@ class Agent:
             trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
             self.optimizer = Optimizer(trained, config.optimizer, run.steps, run.seed)
             self.sinks = GradientSinks(self.model.get_input_embeddings(), lm_head_of(self.model).weight)
+        self.graphs: LayerGraphs | None = make_graphs(self.model, config, kernel)
         self.recomputes = self.trains and config.gradient_checkpointing is True
         spare = self._recompute if self.trains and not self.recomputes else None
         self.guard = MemoryGuard(name, config.batch_tokens, spare)
@@ -115,7 +117,7 @@ class Agent:
                 meter.absorb(gathered)
                 return result
 
-            return self.guard.run(attempt, self._drop_gradients, longest)
+            return self.guard.run(attempt, self._make_room, longest)
 
         given = [guarded(partial(self._given, part, several)) for part in parts]
         with self._training(step):
@@ -140,7 +142,7 @@ class Agent:
             return found[torch.cat([batch.token_N for batch in batches]).argsort()]
 
         longest = max(len(sequence.tokens) for sequence in sequences)
-        found = iter(self.guard.run(logp_N, self._drop_gradients, longest, backward=False).tolist())
+        found = iter(self.guard.run(logp_N, self._make_room, longest, backward=False).tolist())
         return [tuple(islice(found, sum(t.end - t.start for t in s.turns))) for s in sequences]
 
     def save_model(self, folder: Path) -> None:
@@ -174,11 +176,15 @@ class Agent:
 
     def _drop_gradients(self) -> None:
         """All gradients and their memory."""
-        self.model.zero_grad(set_to_none=True)
         if self.optimizer is not None:
-            self.optimizer.adamw.forget_gradients()  # those of float32 copies
+            self.optimizer.forget_gradients()
         if self.sinks is not None:
             self.sinks.release()
+
+    def _make_room(self) -> None:
+        """After a lack of memory: what this optimizer step has made, and for good what graphs hold."""
+        self._drop_gradients()
+        self.graphs = None
 
     def _given(self, part: Minibatch, several: bool, tokens: int, meter: StepMeter) -> Given:
         """π_old and π_ref of a minibatch, before the first update."""
@@ -201,8 +207,10 @@ class Agent:
         """One optimizer step over its micro-batches; `first`: no update of this rollout came before."""
         optimizer, sinks = self.optimizer, self.sinks
         assert optimizer is not None and sinks is not None, "a peer that only talks is not updated"
-        self.model.zero_grad(set_to_none=True)
+        optimizer.forget_gradients()
         sinks.clear()
+        if self.graphs is not None:
+            self.graphs.begin()
         with sinks.open():
             for batch in part.packed(tokens).batches:
                 constants = given.at(batch.token_N)
@@ -239,7 +247,10 @@ class Agent:
 
     def _hidden(self, model: Any, batch: PackedBatch) -> tuple[Tensor, LMHead]:
         """Hidden states of the trained rows, and the head; a scale of the logits is moved into both."""
-        hidden_TD = packed_forward(model, batch.tokens_T, batch.positions_T, batch.plan)
+        packed, hidden_TD = (batch.tokens_T, batch.positions_T, batch.plan), None
+        if self.graphs is not None and torch.is_grad_enabled():
+            hidden_TD = self.graphs.hidden(*packed)
+        hidden_TD = packed_forward(model, *packed) if hidden_TD is None else hidden_TD
         hidden_ND, head = hidden_TD.index_select(0, batch.rows_N), lm_head_of(model)
         if head.scale == 1:
             return hidden_ND, head

@@ -125,6 +125,12 @@ class AgentConfig:
         "Compute again in the backward pass, for less memory: whole layers, or the first half of MLPs (`mlp`, a fifth "
         "more work); auto: where activations don't fit.",
     )
+    graph_tokens: int | Literal["auto"] = key(
+        "auto",
+        "Micro-batches of at most so many packed tokens pass through all layers as CUDA graphs (docs/training.md); 0: "
+        "none; auto: those that the host launches longer than a GPU computes, where memory allows it.",
+        low=0,
+    )
     logits_mib: int | None = key(
         None, "MiB of logits that the loss holds at once; null: as many as are fastest, up to 2 GiB on a GPU.", low=16
     )
@@ -133,3 +139,8 @@ class AgentConfig:
     def batch_tokens(self) -> int:
         """Most packed tokens of a micro-batch, also where nothing has filled in `auto`."""
         return 8192 if isinstance(self.micro_batch_tokens, str) else self.micro_batch_tokens
+
+    @property
+    def graphed_tokens(self) -> int:
+        """Most packed tokens of a micro-batch that has CUDA graphs; 0 also where nothing has filled in `auto`."""
+        return 0 if isinstance(self.graph_tokens, str) else self.graph_tokens

@@ -94,7 +94,24 @@ def _agent(name: str, agent: AgentConfig, rollout: RolloutConfig) -> Iterator[Fi
         f"{path}.engine.max_context",
         "raise it, or lower rollout.max_tokens",
     )
+    yield from _graphs(agent, path, rollout.ahead)
     yield from _engine(agent, path)
+
+
+def _graphs(agent: AgentConfig, path: str, ahead: bool) -> Iterator[Finding]:
+    """CUDA graphs of the layers, where they are asked for by number."""
+    if not agent.graphed_tokens:
+        return
+    for wrong, what in (
+        (agent.train != "full", f"with `train: {agent.train}`"),
+        (agent.device == "cpu", "on the CPU"),
+        (agent.fused_layers == "off", "without fused layers"),
+        (agent.gradient_checkpointing is True, "of layers that are computed again"),
+        (agent.engine.exact, "with an exact engine"),
+        (agent.engine.sleep == "turns", "of weights that leave the GPU meanwhile"),
+        (ahead, "while another thread generates (rollout.ahead)"),
+    ):
+        yield wrong, f"no CUDA graphs of the layers {what}", f"{path}.graph_tokens", "set it to 0, or leave it at auto"
 
 
 def _engine(agent: AgentConfig, path: str) -> Iterator[Finding]:

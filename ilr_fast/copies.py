@@ -14,7 +14,7 @@ its steps add up to half of the 16-bit spacing (1.2e-4 at 0.05 in bfloat16: 120 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from torch.optim.adamw import adamw as functional_adamw
 from ilr_fast.config import OptimizerConfig
 from ilr_fast.host_states import HostStates, Piece
 
-PIECE = 1 << 24  # weights whose copies are spread at once
+PIECE = 1 << 24  # weights whose copies are spread, or gradients widened, at once
 HALF = {torch.bfloat16: 1 << 15, torch.float16: 1 << 12}  # of the 16-bit spacing, in float32's last bits
 
 
@@ -64,15 +64,20 @@ class CopiedAdamW:
         )  # fmt: skip
 
     def collect(self, sinks: Mapping[Any, Tensor]) -> list[Tensor | None]:
-        """Each parameter's gradient; for float32 copies where AdamW looks for it, the 16-bit ones freed one by one."""
+        """Each parameter's gradient; for float32 copies where AdamW looks for it, the 16-bit ones go part by part."""
         if self.host is not None:
             return [sinks.get(p, p.grad) for p in self.parameters]
+        narrow = []
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             if parameter in sinks:
                 master.grad = sinks[parameter]
             elif parameter is not master and parameter.grad is not None:
-                master.grad = parameter.grad.float()
-                parameter.grad = None
+                narrow.append((parameter, master))
+        for part in _parts(narrow):
+            widened = [torch.empty_like(p, dtype=torch.float32) for p, _ in part]
+            torch._foreach_copy_(widened, [p.grad for p, _ in part])
+            for (parameter, master), gradient in zip(part, widened, strict=True):
+                master.grad, parameter.grad = gradient, None
         return [m.grad for m in self.masters]
 
     @torch.no_grad()
@@ -118,6 +123,20 @@ class CopiedAdamW:
         for parameter, master, saved in zip(self.parameters, self.masters, state["masters"], strict=True):
             if parameter is not master:
                 master.copy_(parameter if saved is None else saved)
+
+
+def _parts(pairs: Sequence[tuple[Any, Any]]) -> Iterator[list[tuple[Any, Any]]]:
+    """Weights and copies, of about PIECE numbers at a time: few launches, and little memory beside the whole."""
+    part: list[tuple[Any, Any]] = []
+    size = 0
+    for pair in pairs:
+        part.append(pair)
+        size += pair[0].numel()
+        if size >= PIECE:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
 
 
 class _HostCopies:

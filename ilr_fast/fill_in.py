@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from ilr_fast.config import AgentConfig, Config
+from ilr_fast.graph_sizes import worthwhile
 from ilr_fast.memory import trained_count
 from ilr_fast.model_shape import ModelShape
 from ilr_fast.plan import Machine, RunPlan, estimated_contexts, place, plan_run, with_caches
@@ -92,8 +93,8 @@ def fill_in(
             elif found.excess < least:
                 smallest, least = found.config, found.excess
         if best is not None:
-            return best
-    return smallest
+            return _with_graphs(best, _Judge(shapes, machine, contexts, spare))
+    return _with_graphs(smallest, _Judge(shapes, machine, contexts, 0.0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,17 @@ class _Judge:
             max(0.0, phase.total - (1 - self.spare) * device.capacity)
             for device in (*planned.devices, planned.host) if device.capacity is not None for phase in device.phases
         )  # fmt: skip
+
+
+def _with_graphs(config: Config, judge: _Judge) -> Config:
+    """CUDA graphs of the layers in what memory the other settings leave, as many as fit: they slow nothing down."""
+    for name, agent in config.agents.items():
+        if agent.graph_tokens == "auto":
+            device = "cpu" if place(agent, judge.machine) == "cpu" else "cuda"
+            sizes = worthwhile(agent, config, judge.shapes[name], device)
+            choices = [set_keys(config, [Setting(name, "graph_tokens", size)]) for size in sizes]
+            config = next(one for one in choices if not one.agents[name].graphed_tokens or not judge(one))
+    return config
 
 
 class _Found(NamedTuple):

@@ -97,39 +97,65 @@ def block_forward(x_TD: Tensor, block: Block, around: Surroundings) -> Tensor:
     return _Block.apply(x_TD, block, around, *block.parameters())
 
 
+class Kept(NamedTuple):
+    """What a layer's backward pass reads: tensors, of which `both` is overwritten, and the attention kernel's state."""
+
+    x: Tensor
+    qkv: Tensor
+    q_normed: Tensor | None
+    k_normed: Tensor | None
+    out: Tensor
+    lse: Tensor
+    r: Tensor
+    both: Tensor | None
+    state: Any
+
+
+def layer_forward(x: Tensor, block: Block, around: Surroundings) -> tuple[Tensor, Kept]:
+    """[T, D] → the same, without autograd, and what `layer_backward` takes."""
+    qkv = F.linear(block.first.forward(x), whole_of(block.qkv), _bias(block))
+    q, k, v = _rotated(qkv, block, around)
+    out, lse, state = _attend(q, k, v, block, around)
+    m, r = block.second.forward_of_sum(F.linear(out.flatten(1), block.output), x)
+    both = F.linear(m, whole_of(block.gate_up))
+    y = F.linear(gated(*both.chunk(2, -1), block.activation), block.down).add_(r)
+    q_normed, k_normed = (q, k) if block.query_norm is not None else (None, None)
+    return y, Kept(x, qkv, q_normed, k_normed, out, lse, r, None if block.recompute else both, state)
+
+
+def layer_backward(dy: Tensor, kept: Kept, block: Block, around: Surroundings) -> Tensor:
+    """dx [T, D]; gradients of the layer's weights are added to their `.grad`."""
+    dy = dy.contiguous()
+    dr = _mlp_backward(dy, kept.r, kept.both, block)
+    dout = (dr @ block.output).view(kept.out.shape)
+    add_products((block.output,), dr, kept.out.flatten(1))
+    q, k, v = _parts(kept.qkv, block)
+    if kept.q_normed is not None and kept.k_normed is not None:
+        q, k = kept.q_normed, kept.k_normed
+    keys, values = around.segments.gather(k), around.segments.gather(v)
+    found = around.kernel.backward(
+        dout, q, keys, values, kept.out, kept.lse, kept.state, around.segments, block.scale, _window(block, around)
+    )
+    dqkv = _rotated_backward(found[0], *around.segments.add_up(*found[1:]), kept.qkv, block, around)
+    dx, n = block.first.backward(kept.x, dqkv @ whole_of(block.qkv), add=dr, output=True)
+    add_products(block.qkv, dqkv, n)
+    add_sums(block.biases, dqkv)
+    return dx
+
+
 class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, block, around, *parameters):  # type: ignore[no-untyped-def]
-        qkv = F.linear(block.first.forward(x), whole_of(block.qkv), _bias(block))
-        q, k, v = _rotated(qkv, block, around)
-        out, lse, state = _attend(q, k, v, block, around)
-        m, r = block.second.forward_of_sum(F.linear(out.flatten(1), block.output), x)
-        both = F.linear(m, whole_of(block.gate_up))
-        y = F.linear(gated(*both.chunk(2, -1), block.activation), block.down).add_(r)
-        normed = (q, k) if block.query_norm is not None else (None, None)
-        ctx.save_for_backward(x, qkv, *normed, out, lse, r, None if block.recompute else both)
-        ctx.rest = block, around, state
+        y, kept = layer_forward(x, block, around)
+        ctx.save_for_backward(*kept[:-1])
+        ctx.rest = block, around, kept.state
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        x, qkv, q_normed, k_normed, out, lse, r, both = ctx.saved_tensors
         block, around, state = ctx.rest
-        dy = dy.contiguous()
-        dr = _mlp_backward(dy, r, both, block)
-        dout = (dr @ block.output).view(out.shape)
-        add_products((block.output,), dr, out.flatten(1))
-        q, k, v = _parts(qkv, block)
-        if q_normed is not None:
-            q, k = q_normed, k_normed
-        keys, values = around.segments.gather(k), around.segments.gather(v)
-        window = _window(block, around)
-        found = around.kernel.backward(dout, q, keys, values, out, lse, state, around.segments, block.scale, window)
-        dqkv = _rotated_backward(found[0], *around.segments.add_up(*found[1:]), qkv, block, around)
-        dx, n = block.first.backward(x, dqkv @ whole_of(block.qkv), add=dr, output=True)
-        add_products(block.qkv, dqkv, n)
-        add_sums(block.biases, dqkv)
+        dx = layer_backward(dy, Kept._make([*ctx.saved_tensors, state]), block, around)
         return dx, None, None, *(None for _ in block.parameters())
 
 

@@ -30,11 +30,10 @@ from ilr_fast.config import AgentConfig
 from ilr_fast.flash_attention import RaggedKernel, flash_attention, torch_kernel, usable
 from ilr_fast.fused_block import Block, Norm, Surroundings, block_forward
 from ilr_fast.fused_mlp import Gated, GatedMLP
+from ilr_fast.model_shape import BLOCKS
 from ilr_fast.products import is_plain, linear, move_together
 from ilr_fast.tree_plan import TreePlan
 
-# Decoder layers of transformers whose forward is norm → attention, + residual, norm → MLP, + residual.
-BLOCKS = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3")
 # Attention modules of transformers whose forward is q, k, v → (norms) → rotation → attention → o.
 ATTENTION = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Gemma3", "SmolLM3")
 PROBE_ERROR = 1e-4
@@ -174,7 +173,7 @@ def _layer(
     x_TD = hidden_states[0]
     if checkpointed or not _packed(plan, x_TD, attention.head_dim, None, 0.0, kernel):
         return own(hidden_states, *arguments, position_embeddings=position_embeddings, **named)
-    block = _block_of(module)
+    block = block_of(module)
     if block is None:
         return own(hidden_states, *arguments, position_embeddings=position_embeddings, **named)
     cos, sin = position_embeddings
@@ -183,7 +182,7 @@ def _layer(
     return block_forward(x_TD, block, around)[None]
 
 
-def _block_of(module: Any) -> Block | None:
+def block_of(module: Any) -> Block | None:
     """The layer's parameters as they are now; None where an adapter, a bias or an unknown part is among them."""
     attention, mlp = module.self_attn, module.mlp
     layers = [getattr(attention, f"{n}_proj") for n in "qkvo"] + [

@@ -14,7 +14,7 @@ Which questions are asked and which count follows from the outcomes alone, not f
 in the order given, one more for every group that fails, and the first samples are those of the lowest numbers. So a
 step needs nothing from the steps before it (data.QuestionStream gives each its spare questions too).
 
-    groups = asyncio.run(gather(questions, config.rollout, converse=…, score=…, live=…))
+    groups = gathered(questions, config.rollout, converse=…, score=…, live=…)
 """
 
 from __future__ import annotations
@@ -80,6 +80,17 @@ async def gather(
         return await _Step(settings, converse, graders, live).run(questions)
     finally:
         graders.close()
+
+
+def gathered(*arguments: Any, **named: Any) -> Groups:
+    """`gather` in an event loop of its own, whose main task gives no result: Python 3.11 makes a text of that."""
+    found: list[Groups] = []
+
+    async def main() -> None:
+        found.append(await gather(*arguments, **named))
+
+    asyncio.run(main())
+    return found[0]
 
 
 class _Graders:

@@ -113,7 +113,11 @@ def small_update(name: str, agent: AgentConfig, config: Config) -> StepResult:
     model = for_training(small_model(agent, f"agents.{name}"), agent, f"agents.{name}", seed=0)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     questions = max(2, config.loss.minibatches)
-    return _Small(name, agent, config, tokenizer=object(), model=model).update(noise(questions, vocabulary), step=1)
+    trainer = _Small(name, agent, config, tokenizer=object(), model=model)
+    if trainer.graphs is not None:  # their sizes are numbers that kernels are made specially for
+        trainer.update(noise(questions, vocabulary), step=1)
+        trainer.graphs = None
+    return trainer.update(noise(questions, vocabulary), step=1)
 
 
 def small_model(agent: AgentConfig, where: str) -> Any:
@@ -166,7 +170,7 @@ def _mark(config: Config) -> Path:
         device = device_of(agent, f"agents.{name}")
         parts += [(model / "config.json").read_text(), torch.cuda.get_device_name(device), asdict(agent.optimizer),
                   asdict(agent.lora), agent.train, agent.dtype, agent.fused_layers, agent.quantize, agent.logits_mib,
-                  agent.gradient_checkpointing]  # fmt: skip
+                  agent.gradient_checkpointing, agent.graph_tokens]  # fmt: skip
     kernels = sorted(Path(policy_loss.__file__).parent.glob("*.py"))
     told = hashlib.sha256(json.dumps(parts).encode() + b"".join(file.read_bytes() for file in kernels)).hexdigest()
     return Path(knobs.cache.dir) / f"ilr_fast_{told[:32]}"

@@ -24,7 +24,8 @@ from ilr_kernels.chunks import held_bytes, rows_of
 
 from ilr_fast.activations import Activations, How, Recompute, activations, forward_bytes
 from ilr_fast.config import AgentConfig, Config, EngineConfig
-from ilr_fast.engines.step_size import GRAPH_TOKENS, logit_rows, prompt_tokens
+from ilr_fast.engines.step_size import GRAPH_REQUESTS, GRAPH_TOKENS, VLLM_TOKENS, logit_rows, prompt_tokens
+from ilr_fast.graph_sizes import held
 from ilr_fast.model_shape import ModelShape
 
 GIB = 2**30
@@ -32,7 +33,6 @@ SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a number: 4 bits, and scales that are quantized themselves
 STAGED = 2**27  # bytes of a bucket of states that is on its way to or from the host (host_states.py)
 STAGES = 3  # buckets on the device at once
-VLLM_TOKENS = 8192  # prompt tokens of one step of vLLM's
 GRAPHS = int(0.15 * GIB)  # vLLM's graphs and tables beside the tensors of the largest graph
 CACHE_BLOCK = 64  # tokens that the embedded engine's cache grows by
 SPARE_TOKENS = 128  # beyond the context, for each of vLLM's requests
@@ -50,7 +50,8 @@ class Use:
 class AgentMemory:
     """Bytes on the device, but for the last two, which are the host's.
 
-    Always there: weights (adapters and a reference included), copies, moments, vLLM's `graphs`. `cache` and `engine` (a
+    Always there: weights (adapters and a reference included), copies, moments, `graphs` (vLLM's, and those of the
+    layers with the gradients that they keep). `cache` and `engine` (a
     copy of the weights, its work space) while it generates; `gradients` and `activations` in a pass, with the larger of
     `head` (before the backward pass) and `passing` (in it); and `step` beyond the gradients while AdamW works.
     """
@@ -97,7 +98,7 @@ def agent_memory(agent: AgentConfig, config: Config, shape: ModelShape, use: Use
         moments=0 if away else moments,
         cache=_cache(agent.engine, shape, size, use),
         engine=_engine(agent, shape, size, use),
-        graphs=_graphs(agent.engine, shape, size, use),
+        graphs=_graphs(agent.engine, shape, size, use) + held(agent, shape, size) + _kept(agent, shape, size),
         gradients=gradients,
         activations=passes.saved,
         passing=passes.passing + (_unpacked(agent, shape, size) if agent.train != "none" else 0),
@@ -156,7 +157,12 @@ def _summed(agent: AgentConfig, shape: ModelShape) -> int:
 
 def _gradients(agent: AgentConfig, shape: ModelShape, size: int) -> int:
     summed = _summed(agent, shape)
-    return 4 * summed + size * (trained_count(agent, shape) - summed)
+    return 4 * summed + size * (trained_count(agent, shape) - summed) - _kept(agent, shape, size)
+
+
+def _kept(agent: AgentConfig, shape: ModelShape, size: int) -> int:
+    """Of the gradients those that graphs of the layers keep from update to update."""
+    return size * (trained_count(agent, shape) - _summed(agent, shape)) if agent.graphed_tokens else 0
 
 
 def _step(agent: AgentConfig, shape: ModelShape, size: int, gradients: int) -> int:
@@ -209,7 +215,7 @@ def _graphs(engine: EngineConfig, shape: ModelShape, size: int, use: Use) -> int
     """vLLM's CUDA graphs, which hold what their largest step computes with."""
     if engine.name != "vllm" or use.device == "cpu":
         return 0
-    tokens = GRAPH_TOKENS + min(engine.slots, 1024)
+    tokens = GRAPH_TOKENS + min(engine.slots, GRAPH_REQUESTS)
     return GRAPHS + forward_bytes(shape, tokens, size=engine_size(engine, size))
 
 

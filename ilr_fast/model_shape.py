@@ -17,6 +17,9 @@ from typing import Any
 from ilr_fast.errors import UserError
 from ilr_fast.models import resolve_config
 
+# transformers' families whose decoder layers are norm → attention, + residual, norm → MLP, + residual.
+BLOCKS = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3")
+
 
 @dataclass(frozen=True, slots=True)
 class Matrix:

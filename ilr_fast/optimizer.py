@@ -79,6 +79,12 @@ class Optimizer:
         self.adamw.forget_gradients()
         return Outcome(norm, lr, not finite)
 
+    def forget_gradients(self) -> None:
+        """Lets all go, the copies' too."""
+        for parameter in self.parameters:
+            parameter.grad = None
+        self.adamw.forget_gradients()
+
     def state(self) -> dict[str, Any]:
         """All that resuming needs beside the weights: tensors, numbers and names only; the same wherever they are."""
         return {"names": self.names, **self.adamw.state()}

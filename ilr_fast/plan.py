@@ -200,10 +200,9 @@ class _Crew:
             if stays != "away" or name in present:
                 parts.append(Part(name, "weights", memory.weights))
                 parts.append(Part(name, "AdamW's states", memory.copies if fresh else memory.states))
-            if agent.engine.name == "vllm":
-                parts.append(Part(name, "CUDA graphs", memory.graphs))
-                if stays == "awake":
-                    parts.append(Part(name, "keys and values", memory.cache))
+            parts.append(Part(name, "CUDA graphs", memory.graphs))
+            if agent.engine.name == "vllm" and stays == "awake":
+                parts.append(Part(name, "keys and values", memory.cache))
         return [*parts, Part("", "CUDA contexts", CONTEXT * _processes(self.config, self.memories))]
 
     def generating(self, awake: Sequence[str]) -> list[Part]:

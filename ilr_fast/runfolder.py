@@ -33,7 +33,7 @@ MAY_DIFFER = (
     "run", "steps", "method", "threads", "hang_limit", "mps", "max_failed_share", "memory_check", "checkpoint.*",
     "log.*", "evaluate.*", "reward.workers", "agents.*.device", "agents.*.host", "agents.*.engine.slots",
     "agents.*.micro_batch_tokens", "agents.*.gradient_checkpointing", "agents.*.fused_layers", "agents.*.logits_mib",
-    "agents.*.optimizer.offload", "agents.*.engine.cache_gib", "agents.*.engine.sleep",
+    "agents.*.graph_tokens", "agents.*.optimizer.offload", "agents.*.engine.cache_gib", "agents.*.engine.sleep",
 )  # fmt: skip
 # `examples`: how many a few-shot base was shown; `samples`: answers to each question.
 RESULT_KEY = ("agent", "method", "benchmark", "mode", "examples", "samples")

@@ -7,7 +7,9 @@ gradient_TKD = segments.add_up(gradient_NKD)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,7 +37,7 @@ class Segments:
     starts_k: Tensor  # int32 [runs + 1]
     longest_q: int
     longest_k: int
-    rows_N: Tensor | None  # int64: the row of every key
+    rows_N: Tensor | None  # int32: the row of every key
     starts_T: Tensor | None  # int32 [T + 1]: where a row's places in N begin in `places_N`
     places_N: Tensor | None  # int32: the places of all rows, row by row
 
@@ -54,20 +56,31 @@ class Segments:
         return k_TKD, v_TKD
 
 
-def make_segments(runs: list[KeyRun], tokens: int, device: torch.device) -> Segments:
-    """Index tensors of runs (their rows, the rows of their keys) that lie in order and cover `tokens` rows."""
-    starts_q = np.array([start for start, _, _ in runs] + [tokens])
-    starts_k = np.cumsum([0] + [len(rows) for _, _, rows in runs])
-    longest_q, longest_k = int(np.diff(starts_q).max()), int(np.diff(starts_k).max())
+class Places(NamedTuple):
+    """`Segments` on the host: int32 vectors, in its order."""
 
-    def on_device(x: np.ndarray, dtype: torch.dtype = torch.int64) -> Tensor:
-        return put(torch.as_tensor(x, dtype=dtype), device)
+    starts_q: np.ndarray
+    starts_k: np.ndarray
+    rows_N: np.ndarray
+    starts_T: np.ndarray
+    places_N: np.ndarray
 
-    on_q, on_k = on_device(starts_q, torch.int32), on_device(starts_k, torch.int32)
-    if starts_k[-1] == tokens:
-        return Segments(on_q, on_k, longest_q, longest_k, None, None, None)
-    rows_N = np.concatenate([rows for _, _, rows in runs])
-    by_row = np.argsort(rows_N, kind="stable")
-    starts_T = np.append(0, np.cumsum(np.bincount(rows_N, minlength=tokens)))
-    on_T, on_N = on_device(starts_T, torch.int32), on_device(by_row, torch.int32)
-    return Segments(on_q, on_k, longest_q, longest_k, on_device(rows_N), on_T, on_N)
+    @classmethod
+    def of(cls, runs: Sequence[KeyRun], tokens: int) -> Places:
+        """Of runs (their rows, the rows of their keys) that lie in order and cover `tokens` rows."""
+        starts_q = np.array([start for start, _, _ in runs] + [tokens])
+        starts_k = np.cumsum([0] + [len(rows) for _, _, rows in runs])
+        rows_N = np.concatenate([rows for _, _, rows in runs])
+        starts_T = np.append(0, np.cumsum(np.bincount(rows_N, minlength=tokens)))
+        vectors = starts_q, starts_k, rows_N, starts_T, rows_N.argsort(kind="stable")
+        return cls(*(x.astype(np.int32) for x in vectors))
+
+
+def make_segments(runs: Sequence[KeyRun], tokens: int, device: torch.device) -> Segments:
+    """Index tensors of runs, as in `Places`."""
+    places = Places.of(runs, tokens)
+    longest_q, longest_k = (int(np.diff(starts).max()) for starts in places[:2])
+    starts_q, starts_k = (put(x, device) for x in places[:2])
+    if places.starts_k[-1] == tokens:
+        return Segments(starts_q, starts_k, longest_q, longest_k, None, None, None)
+    return Segments(starts_q, starts_k, longest_q, longest_k, *(put(x, device) for x in places[2:]))

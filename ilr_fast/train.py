@@ -14,7 +14,6 @@ the stage), so weights, optimizer and step number are all that it needs.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -31,7 +30,7 @@ from ilr_fast.credit import credit, has_gradient, training_sequences
 from ilr_fast.data import QuestionStream
 from ilr_fast.errors import RunError
 from ilr_fast.failures import Failures, step_failures
-from ilr_fast.groups import Groups, OnDone, gather
+from ilr_fast.groups import Groups, OnDone, gathered
 from ilr_fast.heldout import measure_after, measure_base, validate
 from ilr_fast.hosts import HostLost
 from ilr_fast.interaction import Interactions
@@ -248,8 +247,8 @@ def roll_out(
 
     dialogues = config.rollout.questions * config.rollout.samples
     with timer("generate"), session.progress.phase("dialogues", dialogues) as advance:
-        groups = asyncio.run(gather(questions, config.rollout, converse=converse, score=rewards, live=live,
-                                    inline=config.deterministic))
+        groups = gathered(questions, config.rollout, converse=converse, score=rewards, live=live,
+                          inline=config.deterministic)  # fmt: skip
     timer.move(groups.behind, "generate", "reward")
     with timer("reward"):
         scored = penalise_divergence(groups.scored, session.team.hosts, config.loss)

@@ -79,7 +79,7 @@ class TreePlan:
     @property
     def gathered(self) -> int:
         """Key rows that `segments` holds: T where nothing is shared."""
-        return sum(len(rows) for _, _, rows in self._key_runs())
+        return sum(len(rows) for _, _, rows in self.key_runs())
 
     def longest(self) -> int:
         """Tokens of the longest sequence."""
@@ -92,10 +92,10 @@ class TreePlan:
     def segments(self, device: torch.device) -> Segments:
         """The runs of this plan, made once."""
         if device not in self._segments:
-            self._segments[device] = make_segments(self._key_runs(), self.tokens, device)
+            self._segments[device] = make_segments(self.key_runs(), self.tokens, device)
         return self._segments[device]
 
-    def _key_runs(self) -> list[KeyRun]:
+    def key_runs(self) -> list[KeyRun]:
         """Of each node, in order: its rows start:end and the rows of its keys."""
         if self._runs is None:
             self._runs = []

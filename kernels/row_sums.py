@@ -17,8 +17,9 @@ def add_rows(
 ) -> None:
     """Fills row t of both outputs with the sum of the inputs' rows places_N[starts_T[t]:starts_T[t + 1]].
 
-    Inputs are contiguous [N, W], outputs [T, W] with contiguous rows; starts [T + 1] and places [N] are int32. Sums are
-    float32, or float64 for float64. Raises ValueError for inputs that are not contiguous.
+    Inputs are contiguous [N, W], outputs [T, W] with contiguous rows; starts [T + 1] and places [N] are int32, and
+    places from starts_T[T] on are not read. Sums are float32, or float64 for float64. Raises ValueError for inputs that
+    are not contiguous.
     """
     if not one_NW.is_contiguous() or not two_NW.is_contiguous():
         raise ValueError("one_NW and two_NW must be contiguous")
@@ -28,7 +29,7 @@ def add_rows(
         for x, out in ((one_NW, one_TW), (two_NW, two_TW)):
             wide = torch.promote_types(x.dtype, torch.float32)
             sums = torch.zeros(out.shape, dtype=wide, device=out.device)
-            out.copy_(sums.index_add_(0, row_N, x[places_N.long()].to(wide)))
+            out.copy_(sums.index_add_(0, row_N, x[places_N[: len(row_N)].long()].to(wide)))
         return
     from ilr_kernels.launch import launch
     from ilr_kernels.row_sums_kernel import row_sums_kernel

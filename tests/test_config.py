@@ -159,6 +159,24 @@ def test_contradictions(write, overrides, where, what):
     assert where in error.where and what in error.what and error.remedy
 
 
+@pytest.mark.parametrize(
+    "overrides, what",
+    [
+        (["train=lora"], "with `train: lora`"),
+        (["device=cpu"], "on the CPU"),
+        (["fused_layers=off"], "without fused layers"),
+        (["gradient_checkpointing=true"], "computed again"),
+        (["engine={name: vllm, exact: true}"], "exact engine"),
+        (["engine.sleep=turns"], "leave the GPU"),
+        (["engine={name: vllm, weights: copy}", "rollout.ahead=true", "loss.importance=token"], "another thread"),
+    ],
+)
+def test_graphs_of_layers_that_there_are_none_of(write, overrides, what):
+    overrides = [o if o.startswith(("rollout", "loss")) else f"agents.gemma.{o}" for o in overrides]
+    error = refused(write(GOOD), [*overrides, "agents.gemma.graph_tokens=4096"])
+    assert error.where.endswith("agents.gemma.graph_tokens") and what in error.what
+
+
 @pytest.mark.parametrize("name", ["..", ".", "a/b", "../../etc", "", "-x", "a.state", "state.json", "gém"])
 def test_agent_names_are_folder_names(write, name):
     tree = GOOD.replace("gemma:", f'"{name}":')

@@ -16,7 +16,7 @@ from ilr_fast.config import AgentConfig, Config, EngineConfig, LoraConfig, LossC
 from ilr_fast.engines.cache import CachePlan, SlotCache
 from ilr_fast.engines.embedded import EmbeddedEngine
 from ilr_fast.engines.slots import Piece
-from ilr_fast.engines.step_size import logit_rows, prompt_tokens
+from ilr_fast.engines.step_size import GRAPH_REQUESTS, GRAPH_TOKENS, VLLM_TOKENS, logit_rows, prompt_tokens, vllm_tokens
 from ilr_fast.memory import Use, agent_memory, weight_size
 from ilr_fast.model_shape import model_shape, shape_of
 
@@ -97,6 +97,21 @@ def test_states_and_gradients_to_the_byte(tmp_path, family, dtype, rounding, mom
     assert (memory.copies, memory.moments, memory.gradients) == (bytes_of(copies), bytes_of(states), taken[0])
     away = memory_of(replace(config, optimizer=replace(config.optimizer, offload="host")), model_shape(str(folder), ""))
     assert away.states == 0 and away.host_states == memory.states
+
+
+def test_graphs_of_the_layers_keep_their_gradients_and_what_they_compute_with():
+    shape, use = shape_of(small_model("llama").config), Use("cuda", 64)
+    without, small, large = (memory_of(agent(graph_tokens=n, dtype="bfloat16"), shape, use) for n in (0, 512, 4096))
+    kept = 2 * (shape.count() - shape.head.size - (0 if shape.tied else shape.embedding.size))
+    assert without.gradients - small.gradients == kept and large.gradients == small.gradients
+    assert without.graphs + kept < small.graphs and 8 * (small.graphs - kept) == large.graphs - kept
+    assert small.step + small.gradients == without.step + without.gradients  # copies' gradients, in float32
+
+
+def test_vllm_takes_as_many_prompt_tokens_of_a_small_model_as_its_largest_graph_holds():
+    small, large = 3.5e6, 47e6  # parameters of a layer: SmolLM2-135M, Qwen2.5-1.5B
+    assert vllm_tokens(256, small) == 256 + GRAPH_TOKENS and vllm_tokens(256, large) == VLLM_TOKENS
+    assert vllm_tokens(2000, small) == GRAPH_REQUESTS + GRAPH_TOKENS and vllm_tokens(9000, large) == 9000
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

@@ -10,6 +10,7 @@ import torch
 from ilr_kernels.adamw import CHUNK
 from torch import Tensor, nn
 
+from ilr_fast import copies
 from ilr_fast.config import OptimizerConfig
 from ilr_fast.copies import spread
 from ilr_fast.errors import UserError
@@ -50,6 +51,25 @@ def test_in_float32_both_are_torchs_adamw() -> None:
         found[rounding] = [w.detach() for _, w in parameters]
     for a, b in zip(*found.values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("piece", [1, 40 * 64 + 1, copies.PIECE])
+def test_gradients_are_widened_part_by_part(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copies, "PIECE", piece)
+    parameters = fresh(torch.bfloat16, 5)
+    made = optimizer(parameters, "copies")
+    given = [None if i == 1 else torch.randn(40, 64).bfloat16() for i in range(5)]
+    for (_, weight), gradient in zip(parameters, given, strict=True):
+        weight.grad = gradient
+    sink = torch.randn(40, 64)
+    found = made.adamw.collect({parameters[4][1]: sink})
+    assert found[1] is None and found[4] is sink
+    for gradient, narrow in zip(found[:1] + found[2:4], given[:1] + given[2:4], strict=True):
+        assert gradient is not None and narrow is not None
+        assert gradient.dtype == torch.float32 and torch.equal(gradient, narrow.float())
+    assert all(weight.grad is None for _, weight in parameters[:4])
+    made.forget_gradients()
+    assert all(weight.grad is None for weight in (*(w for _, w in parameters), *made.adamw.masters))
 
 
 @pytest.mark.parametrize("moments", ["float32", "bfloat16"])

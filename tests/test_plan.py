@@ -192,6 +192,42 @@ def test_a_card_for_many_agents_is_filled_in_soon(gib, shapes):
     assert plan_run(settled, known, machine(gib)).fits
 
 
+SUMS = Path(__file__).parents[1] / "configs" / "gpu" / "sums.yaml"
+MANY = ("agents.smollm2.micro_batch_tokens=16384",)
+
+
+@pytest.mark.parametrize(
+    "gib, overrides, tokens",
+    [
+        (80, MANY, 8192),
+        (16, MANY, 2048),
+        (8, MANY, 0),
+        (80, ("agents.smollm2.micro_batch_tokens=1000",), 1024),
+        (80, ("deterministic=true",), 0),
+        (80, ("agents.smollm2.train=lora",), 0),
+        (80, ("agents.smollm2.gradient_checkpointing=true",), 0),
+        (80, ("agents.smollm2.engine.exact=true",), 0),
+        (80, ("agents.smollm2.engine.name=embedded", "agents.smollm2.engine.cache_gib=null",
+              "agents.smollm2.device=cpu"), 0),
+        (80, ("agents.smollm2.graph_tokens=512",), 512),
+    ],
+)  # fmt: skip
+def test_graphs_of_the_layers_take_what_memory_is_left(gib, overrides, tokens, shapes):
+    """SmolLM2-135M; what is `auto` otherwise is as it was."""
+    config = load_config(SUMS, overrides)
+    known = {"smollm2": shapes["HuggingFaceTB/SmolLM2-135M-Instruct"]}
+    settled = fill_in(config, known, machine(gib))
+    assert settled.agents["smollm2"].graph_tokens == tokens
+    assert plan_run(settled, known, machine(gib)).fits
+
+
+def test_models_whose_layers_take_long_and_other_families_have_no_graphs(shapes):
+    config, small = load_config(SUMS), shapes["HuggingFaceTB/SmolLM2-135M-Instruct"]
+    for shape in (shapes["meta-llama/Llama-3.2-1B-Instruct"], replace(small, architecture="Gemma3ForCausalLM")):
+        settled = fill_in(config, {"smollm2": shape}, machine(80))
+        assert settled.agents["smollm2"].graph_tokens == 0
+
+
 def test_memory_is_monotonic(shapes):
     config, known = opened(PAIR, shapes)
     settled = fill_in(config, known, machine(22))
@@ -203,6 +239,7 @@ def test_memory_is_monotonic(shapes):
 
     for key, rising in (
         ("engine.slots", (8, 64, 256)),
+        ("graph_tokens", (0, 256, 4096)),
         ("engine.max_context", (2048, 4096, 8192)),
         ("micro_batch_tokens", (4096, 16384, 65536)),
         ("optimizer.rounding", ("stochastic", "copies")),

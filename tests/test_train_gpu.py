@@ -52,6 +52,13 @@ def test_micro_batches_add_up() -> None:
     check(errors(model, sequences, "cuda", micro_batch_tokens=250))
 
 
+@pytest.mark.parametrize("budget", [8192, 250])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "smollm3", "mistral"])
+def test_replayed_layers(family: str, budget: int) -> None:
+    twice = lambda agent: [gradients(agent, rollout()) for _ in range(2)]  # noqa: E731
+    check(errors(small(family), rollout(), "cuda", twice, micro_batch_tokens=budget, graph_tokens=4096))
+
+
 @pytest.mark.parametrize("again", ["mlp", True])
 @pytest.mark.parametrize("family", ["qwen2", "gemma3"])
 def test_what_is_computed_again(family: str, again: str | bool) -> None:

@@ -23,6 +23,7 @@ from packaging.version import Version
 from torch import nn
 
 from ilr_fast.engines.regions import Region
+from ilr_fast.engines.step_size import VLLM_TOKENS, vllm_tokens
 from ilr_fast.engines.vllm_exact import SEEN, check_exact, exact_arguments, exact_modules
 from ilr_fast.engines.vllm_fit import bytes_per_token, cache_bytes, context_of
 from ilr_fast.engines.vllm_lora import lora_arguments
@@ -40,7 +41,7 @@ from ilr_fast.engines.vllm_steps import Steps
 from ilr_fast.errors import UserError
 
 LOWEST, BEYOND = Version("0.25.1"), Version("0.33")
-BATCH_TOKENS = 8192  # prompt tokens of one step on a GPU, as in vLLM's own `LLM`
+CPU_TOKENS = 2048  # of one step
 
 _open: set[int] = set()  # the cores of this process, by their client
 
@@ -181,7 +182,7 @@ def plain_llm(model: Any, options: CoreOptions, folder: str, device: torch.devic
     context = context_of(model, options.max_context, "bench")
     cache = cache_bytes(model, model.dtype, options.cache_gib, options.slots, context, device, "bench")
     arguments = _arguments(model, options, context, cache, device)
-    arguments["scheduling_policy"] = "fcfs"
+    arguments |= {"scheduling_policy": "fcfs", "max_num_batched_tokens": _most_tokens(options.slots, device)}
     with process_kept_as_it_is():
         llm = LLM(model=folder, **arguments)
     _live_on(llm.llm_engine.engine_core)
@@ -213,6 +214,10 @@ def _live_on(client: Any) -> None:
 
 def _arguments(model: Any, options: CoreOptions, context: int, cache: int, device: torch.device) -> dict[str, Any]:
     eager = options.fast_start and device.type == "cpu"
+    tokens = _most_tokens(options.slots, device)
+    if options.fast_start and not eager:
+        linear = sum(m.weight.numel() for m in model.get_decoder().modules() if isinstance(m, nn.Linear))
+        tokens = vllm_tokens(options.slots, linear / model.config.get_text_config().num_hidden_layers)
     arguments: dict[str, Any] = {
         "dtype": str(options.dtype or model.dtype).removeprefix("torch."),
         "quantization": options.quantization,
@@ -222,7 +227,7 @@ def _arguments(model: Any, options: CoreOptions, context: int, cache: int, devic
         "generation_config": "vllm",
         "max_model_len": context,
         "max_num_seqs": options.slots,
-        "max_num_batched_tokens": max(BATCH_TOKENS if device.type == "cuda" else 2048, options.slots),
+        "max_num_batched_tokens": tokens,
         "kv_cache_memory_bytes": cache,
         "gpu_memory_utilization": 0.01,  # looked at where the cache's size is not given; a check of it must pass
         "enable_prefix_caching": True,
@@ -236,6 +241,11 @@ def _arguments(model: Any, options: CoreOptions, context: int, cache: int, devic
     if options.fast_start and not eager:
         arguments["compilation_config"] = graphs(options.slots)
     return arguments
+
+
+def _most_tokens(slots: int, device: torch.device) -> int:
+    """Of one step, as in vLLM's own `LLM`."""
+    return max(VLLM_TOKENS if device.type == "cuda" else CPU_TOKENS, slots)
 
 
 def save_config(model: Any, folder: str) -> None:

@@ -17,7 +17,7 @@ import gc
 from collections.abc import Iterator
 from typing import Any
 
-from ilr_fast.engines.step_size import GRAPH_TOKENS
+from ilr_fast.engines.step_size import GRAPH_REQUESTS, GRAPH_TOKENS
 from ilr_fast.engines.vllm_graphs import whole_graphs
 from ilr_fast.engines.vllm_hashes import quick_hashes
 
@@ -28,8 +28,8 @@ def graphs(slots: int) -> dict[str, Any]:
     """vLLM's settings for a start without its compiler: whole graphs at few sizes where a step only decodes; in pieces,
     at some sizes more, where prompts come in beside: without a graph the host is slower there than the GPU.
     """
-    decoding = [n for n in (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024) if n < slots]
-    decoding.append(min(slots, 1024))
+    decoding = [n for n in (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, GRAPH_REQUESTS) if n < slots]
+    decoding.append(min(slots, GRAPH_REQUESTS))
     if not _graphs_stop_at_attention():
         return {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": decoding}
     beside = [decoding[-1] + prompts for prompts in PROMPTS]
