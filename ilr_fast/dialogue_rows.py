@@ -19,6 +19,7 @@ import numpy as np
 from ilr_fast.types import Credited, Dialogue, Generation, Grade, Question, Scored, Turn
 
 Row = Mapping[str, Any]
+_WRITER = json.JSONEncoder(ensure_ascii=False, default=str)
 _QUESTION = ("solution", "level", "subject", "canonical", "metadata")
 
 
@@ -36,7 +37,7 @@ def to_line(credited: Credited) -> str:
         "error": dialogue.error,
         "agents": {name: _turn_rows(credited, name) for name in dialogue.turns},
     }
-    return json.dumps(row, ensure_ascii=False, default=str)
+    return _WRITER.encode(row)
 
 
 def from_line(line: str) -> Credited:

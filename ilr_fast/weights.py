@@ -89,10 +89,21 @@ def _share(parameters: dict[str, nn.Parameter], engine_model: nn.Module, where: 
     _check_shared(parameters, engine_model, where)
 
 
+_checked: WeakKeyDictionary[Any, list[Any]] = WeakKeyDictionary()  # by engine, where what was found good lay
+
+
 def check_shared(model: nn.Module, engine_model: nn.Module, where: str) -> None:
-    """Raises CannotShare for the first parameter of `model` that does not lie where the engine reads."""
+    """Raises CannotShare for the first parameter of `model` that does not lie where the engine reads.
+
+    They are not compared one by one again while every parameter of both models lies where it lay.
+    """
+    with torch._C.DisableTorchFunctionSubclass():
+        places = [(p.data_ptr(), p.stride()) for one in (model, engine_model) for p in one.parameters()]
+    if _checked.get(engine_model) == places:
+        return
     with _without_adapters(engine_model):
         _check_shared(base_parameters(model), engine_model, where)
+    _checked[engine_model] = places
 
 
 def _check_shared(parameters: dict[str, nn.Parameter], engine_model: nn.Module, where: str) -> None:
