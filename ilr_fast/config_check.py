@@ -105,6 +105,7 @@ def _graphs(agent: AgentConfig, path: str, ahead: bool) -> Iterator[Finding]:
     for wrong, what in (
         (agent.train != "full", f"with `train: {agent.train}`"),
         (agent.device == "cpu", "on the CPU"),
+        (agent.dtype == "float32", "in float32"),
         (agent.fused_layers == "off", "without fused layers"),
         (agent.gradient_checkpointing is True, "of layers that are computed again"),
         (agent.engine.exact, "with an exact engine"),

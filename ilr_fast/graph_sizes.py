@@ -24,7 +24,8 @@ def worthwhile(agent: AgentConfig, config: Config, shape: ModelShape, device: st
     apart = config.deterministic or config.rollout.ahead or agent.engine.exact or agent.engine.rests == "turns"
     again = agent.gradient_checkpointing is True
     blocks = shape.architecture.removesuffix("ForCausalLM") in BLOCKS and agent.fused_layers != "off"
-    if device == "cpu" or apart or again or not blocks or agent.train != "full" or LAUNCHED / linear < WORTH:
+    trained = agent.train == "full" and agent.dtype != "float32"
+    if device == "cpu" or apart or again or not blocks or not trained or LAUNCHED / linear < WORTH:
         return [0]
     most = min(LAUNCHED / linear, _size_above(agent.batch_tokens))
     return [*(size for size in SIZES if size <= most), 0]

@@ -127,7 +127,8 @@ class LayerGraphs:
 
 def make_graphs(model: Any, config: AgentConfig, kernel: RaggedKernel | None = None) -> LayerGraphs | None:
     """Those of an agent whose config has some, None where its model is none that they are for."""
-    if not config.graphed_tokens or config.train != "full" or model.device.type != "cuda":
+    half = model.device.type == "cuda" and model.dtype in (torch.bfloat16, torch.float16)
+    if not config.graphed_tokens or config.train != "full" or not half:
         return None
     graphs = LayerGraphs(model, config.graphed_tokens, kernel)
     return graphs if graphs.possible else None

@@ -164,6 +164,7 @@ def test_contradictions(write, overrides, where, what):
     [
         (["train=lora"], "with `train: lora`"),
         (["device=cpu"], "on the CPU"),
+        (["dtype=float32"], "in float32"),
         (["fused_layers=off"], "without fused layers"),
         (["gradient_checkpointing=true"], "computed again"),
         (["engine={name: vllm, exact: true}"], "exact engine"),

@@ -187,3 +187,25 @@ def test_replays_have_the_bits_of_the_launches(family: str, budget: int, poisone
     for n in found[0]:
         assert torch.equal(found[0][n], found[1][n]) and torch.equal(found[0][n], found[3][n]), n
         assert torch.equal(found[2][n], found[4][n]), n
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+def test_memory_that_runs_out_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The update is taken again without graphs, and so are those that follow; nothing is left of the capture."""
+    agent = agent_of(small("llama"), "cuda", fused_layers="on", graph_tokens=4096)
+    sequences, real, layers = rollout(prompt=30, longest=40), layer_graphs.layer_backward, []
+    without = gradients(agent, sequences)
+
+    def backward(*arguments: Any) -> torch.Tensor:
+        layers.append(torch.cuda.is_current_stream_capturing())
+        if layers == [True, True]:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(*arguments)
+
+    monkeypatch.setattr(layer_graphs, "layer_backward", backward)
+    again = gradients(agent, sequences)
+    assert layers == [True, True] and agent.graphs is None
+    assert not torch.cuda.is_current_stream_capturing()
+    for found in (again, gradients(agent, sequences)):
+        assert all(distance(found[n], without[n]) < 0.03 for n in without)

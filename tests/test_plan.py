@@ -205,6 +205,7 @@ MANY = ("agents.smollm2.micro_batch_tokens=16384",)
         (80, ("agents.smollm2.micro_batch_tokens=1000",), 1024),
         (80, ("deterministic=true",), 0),
         (80, ("agents.smollm2.train=lora",), 0),
+        (80, ("agents.smollm2.dtype=float32",), 0),
         (80, ("agents.smollm2.gradient_checkpointing=true",), 0),
         (80, ("agents.smollm2.engine.exact=true",), 0),
         (80, ("agents.smollm2.engine.name=embedded", "agents.smollm2.engine.cache_gib=null",

@@ -16,7 +16,7 @@ from vllm_models import FAMILIES, small_model
 
 from ilr_fast.errors import UserError
 from ilr_fast.types import Sampling
-from ilr_fast.weights import connect, share
+from ilr_fast.weights import CannotShare, check_shared, connect, share
 
 with_vllm = pytest.mark.vllm
 REFUSED = {("gemma2", False): "refused: vLLM's Gemma 2 ties its head"}  # as all that were published do
@@ -105,6 +105,18 @@ def test_a_copy_stands_in_only_where_the_config_allows_it() -> None:
         if copy is not None:
             assert copy() == sum(p.nbytes for p in model.parameters())
         assert (engine.qkv_proj.weight[6:8] == 7).all()
+
+
+@pytest.mark.parametrize("whose", ["trainer", "engine"])
+def test_a_parameter_that_moves_after_a_check_is_found_by_the_next(whose: str) -> None:
+    model, engine = Plain(), Fused()
+    connect(model, engine, "share", torch.device("cpu"), "agents.ada")
+    check_shared(model, engine, "agents.ada")
+    moved = model.k_proj.weight if whose == "trainer" else engine.qkv_proj.weight
+    moved.data = moved.data.clone()
+    for _ in range(2):
+        with pytest.raises(CannotShare, match=r"_proj\.weight has moved away"):
+            check_shared(model, engine, "agents.ada")
 
 
 def test_the_table_in_the_docs_has_these_families() -> None:
