@@ -1,6 +1,6 @@
 """All decoder layers of a small micro-batch as two CUDA graphs, one for the forward and one for the backward pass.
 
-A layer is some forty kernels there and back, which the host launches in 2 ms; a GPU has computed a layer of a small
+A layer is some fifty kernels there and back, which the host launches in 2 ms; a GPU has computed a layer of a small
 model on a thousand tokens by then. Replayed, all layers are two launches. A graph computes at fixed addresses on fixed
 shapes, so a micro-batch is padded to one of few sizes, by sequences of their own that nothing reads: their rows are 0
 going in and going back, so that they add nothing to any gradient. Embedding, final norm and loss run as ever.
