@@ -41,6 +41,7 @@ from ilr_fast.out_of_memory import MemoryGuard
 from ilr_fast.step_meter import METRICS, StepMeter
 from ilr_fast.types import StepResult, TrainingSequence
 from ilr_fast.update_inputs import Given, Minibatch, policy_loss_of
+from ilr_fast.whole_sums import split_sums
 
 Result = TypeVar("Result")
 FIRST_LOSS_SCALE = 2.0**12  # float16 gradients below 6e-8 would vanish; halved after every overflow
@@ -201,9 +202,7 @@ class Agent:
         order = torch.cat([batch.token_N for batch in batches]).argsort()
         return Given(*(None if x[0] is None else torch.cat(x)[order] for x in zip(*found, strict=True)))
 
-    def _optimize(
-        self, part: Minibatch, given: Given, step: int, first: bool, tokens: int, meter: StepMeter
-    ) -> None:
+    def _optimize(self, part: Minibatch, given: Given, step: int, first: bool, tokens: int, meter: StepMeter) -> None:
         """One optimizer step over its micro-batches; `first`: no update of this rollout came before."""
         optimizer, sinks = self.optimizer, self.sinks
         assert optimizer is not None and sinks is not None, "a peer that only talks is not updated"
@@ -215,7 +214,8 @@ class Agent:
             for batch in part.packed(tokens).batches:
                 constants = given.at(batch.token_N)
                 loss, stats = self._loss(batch, constants, sinks.head)
-                loss.backward()
+                with split_sums():
+                    loss.backward()
                 meter.loss(loss / self.loss_scale, stats)
                 if first and (constants.old_logp_N is None or self.loss.old_logps == "engine"):
                     meter.difference(stats["logp_T"], batch.behavior_logp_N)

@@ -26,6 +26,7 @@ from ilr_kernels.rotary import rotate_by_table
 from torch import Tensor, nn
 
 from ilr_fast.errors import UserError
+from ilr_fast.whole_sums import whole_sums
 
 SEEN = (0, 25)  # releases of vLLM whose batch-invariant mode was seen to be enough
 
@@ -60,7 +61,7 @@ def exact_modules() -> Iterator[None]:
 
     load_model = Worker.load_model
     linear.linear_batch_invariant = vocab_parallel_embedding.linear_batch_invariant = F.linear
-    batch_invariant.enable_batch_invariant_mode = _whole_sums
+    batch_invariant.enable_batch_invariant_mode = whole_sums
 
     def loaded(worker: Any, *arguments: Any, **named: Any) -> None:
         load_model(worker, *arguments, **named)
@@ -96,11 +97,3 @@ def _rotary(module: Any, positions: Tensor, query: Tensor, key: Tensor) -> tuple
     table_PD = module._match_cos_sin_cache_dtype(query)
     rotate_by_table(*(x.unflatten(-1, (-1, module.head_size)) for x in (query, key)), table_PD, positions)
     return query, key
-
-
-def _whole_sums() -> None:
-    """Stands for `enable_batch_invariant_mode`: cuBLAS gets no room for parts of a sum."""
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":16:8"
-    os.environ["CUBLASLT_WORKSPACE_SIZE"] = "1"
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = (False, False)
-    torch.backends.cuda.preferred_blas_library("cublaslt")
