@@ -64,7 +64,7 @@ class PeakSampler:
     def __init__(self, look: Callable[[], Sequence[CardMemory]] = card_memory, interval: float = INTERVAL):
         self._look, self._interval = look, interval
         self._before = [memory.used for memory in look()]
-        self._peak = 0
+        self._peak, self._looked = 0, False
         self._lock, self._over = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="card memory", daemon=True) if self._before else None
 
@@ -79,12 +79,16 @@ class PeakSampler:
             self._thread.join()
 
     def take(self) -> int | None:
-        """The largest of all cards since the last call, in bytes; None without a card."""
+        """The largest of all cards since the last call, in bytes; None without a card.
+
+        It looks itself only where nobody has since then: the driver may take milliseconds to answer.
+        """
         if self._thread is None:
             return None
-        self._sample()
+        if not self._looked:
+            self._sample()
         with self._lock:
-            peak, self._peak = self._peak, 0
+            peak, self._peak, self._looked = self._peak, 0, False
         return peak
 
     def _run(self) -> None:
@@ -94,7 +98,7 @@ class PeakSampler:
     def _sample(self) -> None:
         held = [now.used - before for now, before in zip(self._look(), self._before, strict=False)]
         with self._lock:
-            self._peak = max(self._peak, *held, 0)
+            self._peak, self._looked = max(self._peak, *held, 0), True
 
 
 @cache
