@@ -26,7 +26,7 @@ from ilr_fast.config import Config
 from ilr_fast.config_parse import dump
 from ilr_fast.durable import disk_errors, write_text
 from ilr_fast.interrupt import Interrupt
-from ilr_fast.rewards.worker import die_with
+from ilr_fast.parent import die_with
 
 PATIENCE = 60.0  # seconds in which an interrupted process may write its checkpoint
 _POLL = 0.1

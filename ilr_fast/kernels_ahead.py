@@ -38,7 +38,7 @@ from ilr_fast.config import AgentConfig, Config
 from ilr_fast.config_parse import load_config
 from ilr_fast.loading import device_of, dtype_of, for_training
 from ilr_fast.models import resolve_model
-from ilr_fast.rewards.worker import die_with
+from ilr_fast.parent import die_with
 from ilr_fast.types import StepResult, TrainingSequence, TrainingTurn
 
 VOCABULARY = 1 << 15  # tokens at most: kernels depend on their number's divisors alone

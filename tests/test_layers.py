@@ -20,7 +20,7 @@ HEAVY = {"torch", "transformers", "vllm", "peft", "triton"}
 # Names below ilr_fast, lowest layer first.
 LAYERS = {
     "words and records": """ilr_fast types errors own quoting tokenpieces statistics statistics_runs interrupt
-        allocator background card durable ticks""",
+        allocator background card durable parent ticks""",
     "what a run is made of": """ilr_kernels.* config config_* data benchmark_sets choices tasks tasks.* rewards
         rewards.* protocols protocols.* chat prompts models model_folder convert convert_* hub rows environment
         dialogue_rows transcripts""",

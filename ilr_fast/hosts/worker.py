@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 from ilr_fast.hosts import Host, messages
 from ilr_fast.hosts.messages import Message
 from ilr_fast.hosts.pulse import Pulse
-from ilr_fast.rewards.worker import die_with
+from ilr_fast.parent import die_with
 from ilr_fast.types import Residence
 
 # Fewer than the engine takes between two steps: what finished in one hands in its result before the next.

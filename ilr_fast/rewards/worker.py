@@ -10,17 +10,15 @@ themselves.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import json
 import os
 import resource
-import signal
 import sys
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
-PR_SET_PDEATHSIG = 1
+from ilr_fast.parent import die_with
 
 
 def main(function: str, parent: int, memory_mib: int) -> None:
@@ -60,15 +58,6 @@ def private_pipes() -> tuple[BinaryIO, BinaryIO]:
         os.dup2(null, descriptor)
     os.close(null)
     return os.fdopen(requests, "rb"), os.fdopen(answers, "wb")
-
-
-def die_with(parent: int, number: int = signal.SIGKILL) -> None:
-    """Asks the kernel (Linux) for this signal when the parent ends, by default to be killed; ends at once if it has
-    ended already."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 def _write(answers: BinaryIO, message: dict[str, Any]) -> None:
