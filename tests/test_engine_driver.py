@@ -92,3 +92,35 @@ def test_an_engines_fault_ends_its_process(monkeypatch, lockstep) -> None:
         worker._inbox.put(call)
     with pytest.raises(AssertionError, match="held twice"):
         asyncio.run(asyncio.wait_for(worker.serve(), 5))
+
+
+class Steps(Counting):
+    """Its steps take so many passes of the event loop; the order of all is in `log`."""
+
+    def __init__(self, name: str, passes: int, log: list[str], steps: int = 6):
+        super().__init__(steps)
+        self.name, self.passes, self.log = name, passes, log
+        self.driver = Driver(self.stepwise, lambda: self.futures, paced=True)
+
+    async def stepwise(self) -> bool:
+        if self.futures:
+            self.log.append(self.name)
+        for _ in range(self.passes):
+            await asyncio.sleep(0)
+        return self.step()
+
+
+def test_engines_of_a_process_keep_step() -> None:
+    log: list[str] = []
+    small, large = Steps("small", 1, log), Steps("large", 50, log)
+
+    async def run() -> None:
+        await asyncio.gather(small.generate(), large.generate())
+        await small.generate()  # alone it waits for nobody
+        log.append("now")
+        await asyncio.gather(small.generate(), large.generate())  # and it begins where the other one is
+
+    asyncio.run(asyncio.wait_for(run(), 5))
+    for part in (log[:12], log[log.index("now") + 1 :]):
+        counts = [(part[:n].count("small"), part[:n].count("large")) for n in range(len(part) + 1)]
+        assert all(abs(small - large) <= 1 for small, large in counts) and counts[-1] == (6, 6), part

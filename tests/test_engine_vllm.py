@@ -174,13 +174,14 @@ def test_a_cancelled_request_makes_room() -> None:
     assert engine.stats().tokens_generated < 12
 
 
-def test_two_engines_of_different_models_alternate() -> None:
+@pytest.mark.parametrize("seeded", [True, False])
+def test_two_engines_of_different_models_alternate(seeded: bool) -> None:
     models = [small_model("llama"), small_model("gemma3", vocab_size=57)]
-    engines = [engine_for(m, stop_tokens=[]) for m in models]
+    engines = [engine_for(m, stop_tokens=[], seeded=seeded) for m in models]
     steps: list[int] = []
     for number, engine in enumerate(engines):
-        step = engine.step
-        engine.step = lambda step=step, number=number: (steps.append(number), step())[1]
+        take = engine._take
+        engine._take = lambda outputs, take=take, number=number: (steps.append(number), take(outputs))[1]
 
     async def both() -> list[Generation]:
         return list(await asyncio.gather(*(e.generate([3, 4], Sampling(10, seed=5)) for e in engines)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -109,6 +110,48 @@ def test_what_a_step_gives_is_not_lost_where_nothing_is_left_to_compute() -> Non
         _attach_iteration_details=lambda *_: None, _attach_weight_version=lambda *_: None,
     )  # fmt: skip
     assert steps.step() == [1, 2] == taken[1:]
+
+
+def test_another_engines_steps_are_taken_while_one_waits() -> None:
+    log: list[str] = []
+    slow, _ = steps_of("slow", log, 3, asked=4)
+    quick, _ = steps_of("quick", log, 3, asked=1)
+
+    async def run(steps: Any) -> list[Any]:
+        return [await steps.step_beside(lambda: False) for _ in range(3)]
+
+    async def both() -> list[Any]:
+        return await asyncio.gather(run(slow), run(quick))
+
+    assert asyncio.run(both()) == [[[], [0], [1]]] * 2
+    assert not any("waits for" in line for line in log[:-2]), log
+    assert log.index("quick takes 0") < log.index("quick begins 2") < log.index("slow takes 0")
+
+
+def test_a_wait_that_is_cut_off_loses_no_step() -> None:
+    steps, taken = steps_of("one", [], 5, asked=10**9)
+
+    async def cut() -> None:
+        await steps.step_beside(lambda: False)
+        task = asyncio.ensure_future(steps.step_beside(lambda: False))
+        await asyncio.sleep(0)
+        task.cancel()
+
+    asyncio.run(cut())
+    assert len(steps.client.engine_core.batch_queue) == 2 and taken == []
+    assert [steps.step() for _ in range(3)] == [[0, 1], [2], [3]] and taken == [0, 1, 2, 3]
+
+
+def test_what_is_drained_while_it_is_waited_for_is_given_once() -> None:
+    steps, taken = steps_of("one", [], 5, asked=10**9)
+
+    async def drained() -> list[Any]:
+        await steps.step_beside(lambda: False)
+        task = asyncio.ensure_future(steps.step_beside(lambda: False))
+        await asyncio.sleep(0)
+        return [steps.drain(), await task]
+
+    assert asyncio.run(drained()) == [[0, 1], []] and taken == [0, 1]
 
 
 def test_a_step_that_could_not_be_computed_says_why() -> None:

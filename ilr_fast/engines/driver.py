@@ -15,10 +15,10 @@ import contextlib
 import gc
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Any
 
-from ilr_fast.engines.pace import Pace
+from ilr_fast.engines.pace import AHEAD, Pace
 
 # Passes of the event loop between two steps: enough for a finished turn to reach its peers and come back as requests.
 PASSES_BETWEEN_STEPS = 12
@@ -32,17 +32,19 @@ _thresholds: list[tuple[int, int, int]] = []  # as they were before the first be
 class Driver:
     """`step` takes a step and says whether there may be more to do; `waiting` are the futures that steps answer.
 
-    `paced`: it keeps step with the engines of other processes, where this one was started so (pace.py).
+    `paced`: it keeps step with the other paced engines of this process, and with those of other processes where this
+    one was started so (pace.py). What runs at the same time then depends on the clock.
     """
 
     def __init__(
         self,
-        step: Callable[[], bool],
+        step: Callable[[], bool | Awaitable[bool]],
         waiting: Callable[[], Iterable[asyncio.Future[Any]]],
         paced: bool = False,
     ):
-        self._step, self._waiting = step, waiting
+        self._step, self._waiting, self._paced = step, waiting, paced
         self._pace = Pace.joined(os.environ) if paced else None
+        self._begun = 0  # steps
         self._task: asyncio.Task[None] | None = None
 
     def wake(self) -> None:
@@ -52,16 +54,20 @@ class Driver:
             self._task = loop.create_task(self._drive())
             self._task.add_done_callback(_heard)
 
+    def others(self) -> list[Driver]:
+        """The engines of this process that it keeps step with and that have work."""
+        return [one for one in _driven if one is not self and one._paced] if self._paced else []
+
     async def _drive(self) -> None:
+        self._begun = min((one._begun for one in self.others()), default=0)
         with _no_whole_collection(self):
             try:
                 while True:
                     for _ in range(PASSES_BETWEEN_STEPS):
                         await asyncio.sleep(0)
-                    while self._pace is not None and not self._pace.may_step():
-                        time.sleep(HELD)
-                        await asyncio.sleep(0)
-                    if not self._step():
+                    await self._turn()
+                    goes_on = self._step()
+                    if not (goes_on if isinstance(goes_on, bool) else await goes_on):
                         return
                     if self._pace is not None and not list(self._waiting()):  # the next pass may bring an update
                         self._pace.rest()
@@ -72,6 +78,15 @@ class Driver:
             finally:
                 if self._pace is not None:
                     self._pace.rest()
+
+    async def _turn(self) -> None:
+        """Waits until this engine is not ahead of the others."""
+        while any(one._begun + AHEAD <= self._begun for one in self.others()):
+            await asyncio.sleep(0)
+        self._begun += 1
+        while self._pace is not None and not self._pace.may_step():
+            time.sleep(HELD)
+            await asyncio.sleep(0)
 
 
 @contextlib.contextmanager

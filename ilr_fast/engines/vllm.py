@@ -92,7 +92,7 @@ class VllmEngine:
         self._unformed: deque[str] = deque()
         self._admission = Admission(options.tokens_in_flight or self._core.cache_tokens, options.slots)
         self._names = itertools.count()
-        self._driver = Driver(self._take_step, lambda: [r.future for r in self._requests.values()], paced=True)
+        self._driver = Driver(self._take_step, lambda: [r.future for r in self._requests.values()], paced=not seeded)
         self._stats = EngineStats()
         self.residence: Residence = "awake"
 
@@ -194,25 +194,22 @@ class VllmEngine:
         self._fail(list(self._requests), "the engine was closed")
         self._core.close()
 
-    def step(self) -> None:
-        """One step of vLLM's; finished requests get their results."""
-        tick()
-        start = time.perf_counter()
-        try:
-            self._take(self._core.steps.step(self._form_one))
-        except Exception as error:  # vLLM's own: out of memory, a kernel's refusal
-            self._fail(list(self._requests), failure_of(error))
-        self._stats.steps += 1
-        self._stats.seconds += time.perf_counter() - start
-
-    def _take_step(self) -> bool:
-        """A step with what may enter, where there is work; whether there was."""
+    async def _take_step(self) -> bool:
+        """A step of vLLM's with what may enter, where there is work; whether there was."""
         self._abort([n for n, r in self._requests.items() if r.future.done()])  # cancelled, or of a closed loop
         if not self._requests:
             return False
         for name in self._admission.enter():
             self._client.engine_core.add_request(*self._formed(name))
-        self.step()
+        tick()
+        start, steps = time.perf_counter(), self._core.steps
+        try:
+            beside = self._driver.others()
+            self._take(await steps.step_beside(self._form_one) if beside else steps.step(self._form_one))
+        except Exception as error:  # vLLM's own: out of memory, a kernel's refusal
+            self._fail(list(self._requests), failure_of(error))
+        self._stats.steps += 1
+        self._stats.seconds += time.perf_counter() - start
         return True
 
     def _formed(self, name: str) -> Any:

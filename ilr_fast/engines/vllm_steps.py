@@ -8,6 +8,7 @@ own step launches one and then waits for the one before; here the host has somet
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,19 @@ class Steps:
             pass
         return given + self._take()
 
+    async def step_beside(self, meanwhile: Callable[[], bool]) -> list[Any]:
+        """`step`, the results awaited in the event loop: other engines' steps are begun and taken meanwhile."""
+        core = self.client.engine_core
+        if core.batch_queue is None:
+            return self.step()
+        given = self._begin()
+        if self._filling():
+            return given
+        while core.batch_queue and not self._ready():  # it may be drained meanwhile
+            if not meanwhile():
+                await asyncio.sleep(0)
+        return given + (self._take() if core.batch_queue else [])
+
     def drain(self) -> list[Any]:
         """What the steps that are under way gave their requests; none is begun."""
         found = []
@@ -53,15 +67,18 @@ class Steps:
         Where nothing is left to compute but what has ended is told to the workers, vLLM waits for a step after all.
         """
         core = self.client.engine_core
+        given = []
+        while len(core.batch_queue) >= core.batch_queue_size:  # the wait for its results was cut off
+            given += self._take()
         if not core.scheduler.has_requests():
-            return []
+            return given
         core.batch_queue_size += 1  # vLLM waits as soon as its queue is full
         try:
             with torch.cuda.stream(self.stream):  # None changes nothing
                 outputs, _ = core.step_with_batch_queue()
         finally:
             core.batch_queue_size -= 1
-        return _of_all_clients(outputs or {})
+        return given + _of_all_clients(outputs or {})
 
     def _filling(self) -> bool:
         """Whether nothing is taken yet, because a second step can be begun."""
