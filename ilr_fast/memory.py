@@ -24,7 +24,14 @@ from ilr_kernels.chunks import held_bytes, rows_of
 
 from ilr_fast.activations import Activations, How, Recompute, activations, forward_bytes
 from ilr_fast.config import AgentConfig, Config, EngineConfig
-from ilr_fast.engines.step_size import GRAPH_REQUESTS, GRAPH_TOKENS, VLLM_TOKENS, logit_rows, prompt_tokens
+from ilr_fast.engines.step_size import (
+    GRAPH_REQUESTS,
+    GRAPH_TOKENS,
+    SPARE_TOKENS,
+    VLLM_TOKENS,
+    logit_rows,
+    prompt_tokens,
+)
 from ilr_fast.graph_sizes import held
 from ilr_fast.model_shape import ModelShape
 
@@ -35,7 +42,6 @@ STAGED = 2**27  # bytes of a bucket of states that is on its way to or from the 
 STAGES = 3  # buckets on the device at once
 GRAPHS = int(0.15 * GIB)  # vLLM's graphs and tables beside the tensors of the largest graph
 CACHE_BLOCK = 64  # tokens that the embedded engine's cache grows by
-SPARE_TOKENS = 128  # beyond the context, for each of vLLM's requests
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ilr_fast.config import AgentConfig, Config, turn_limit
+from ilr_fast.engines.step_size import longest_request
 from ilr_fast.engines.vllm_fit import CACHE_SHARE
 from ilr_fast.memory import GIB, AgentMemory, Use, agent_memory, cache_tokens, engine_size, weight_size
 from ilr_fast.model_shape import ModelShape
@@ -141,7 +142,7 @@ def with_caches(
 
 def context_limit(agent: AgentConfig, shape: ModelShape) -> int:
     """The most tokens that the agent's engine lets a conversation have."""
-    return agent.engine.max_context or shape.positions or 4096
+    return longest_request(agent.engine.max_context, shape.positions)
 
 
 def estimated_contexts(config: Config) -> dict[str, int]:

@@ -40,7 +40,7 @@ from ilr_fast.engines.driver import Driver
 from ilr_fast.engines.mistakes import failure_of, mistake_of
 from ilr_fast.engines.sampler import sample
 from ilr_fast.engines.stats import EngineStats
-from ilr_fast.engines.step_size import logit_rows, prompt_tokens
+from ilr_fast.engines.step_size import logit_rows, longest_request, prompt_tokens
 from ilr_fast.engines.stops import Decoder, StopStrings
 from ilr_fast.types import FinishReason, Generation, Residence, Sampling
 
@@ -70,7 +70,7 @@ class EmbeddedEngine:
         if slots < 1 or token_budget < 1:
             raise ValueError("slots and token_budget must be at least 1")
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[operator, union-attr]
-        self.max_context: int = max_context or limit or 4096
+        self.max_context = longest_request(max_context, limit)
         self._model = model
         self._stop_tokens = frozenset(stop_tokens)
         self._stops = StopStrings(tokenizer)

@@ -14,6 +14,7 @@ GRAPH_REQUESTS = 1024  # that decode in the largest graph
 # Tokens × parameters of a layer: below it a GPU has computed a layer before the host has launched the layer's kernels,
 # whether once forward (0.5 ms, two operations) or there and back in training (2 ms, six operations; H100).
 LAUNCHED = 7e10
+SPARE_TOKENS = 128  # of keys and values beyond the context, for each of vLLM's requests
 WIDEST = 1 << 25  # numbers of an MLP's inner activations, on a GPU: 64 MiB in bfloat16
 
 
@@ -35,6 +36,11 @@ def vllm_tokens(slots: int, layer: float) -> int:
     """
     graph = min(slots, GRAPH_REQUESTS) + GRAPH_TOKENS
     return max(slots, graph if VLLM_TOKENS * layer < LAUNCHED else VLLM_TOKENS)
+
+
+def longest_request(wanted: int | None, positions: int | None) -> int:
+    """Tokens of a request at most: what is asked for, else the model's own limit, 4,096 where it names none."""
+    return wanted or positions or 4096
 
 
 def _kind(device: str) -> str:

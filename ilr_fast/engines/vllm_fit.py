@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ilr_fast.engines.device_memory import available_host_memory
+from ilr_fast.engines.step_size import SPARE_TOKENS, longest_request
 from ilr_fast.errors import UserError
 
 CACHE_SHARE = 0.25  # of the memory that is free, where `cache_gib` is null
@@ -16,7 +17,7 @@ GIB = 2**30
 def context_of(model: Any, wanted: int | None, where: str) -> int:
     """Tokens of a request at most: `wanted`, or else the model's own limit; UserError where it has fewer positions."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    context = wanted or limit or 4096
+    context = longest_request(wanted, limit)
     check_positions(context, limit, where)
     return context
 
@@ -40,7 +41,7 @@ def cache_bytes(
     if wanted_gib is not None:
         cache = int(wanted_gib * GIB)
     else:
-        cache = min(slots * (context + 128) * token, int(CACHE_SHARE * free))
+        cache = min(slots * (context + SPARE_TOKENS) * token, int(CACHE_SHARE * free))
     check_one_request(cache, context, token, where)
     if cache > free:
         raise UserError(
