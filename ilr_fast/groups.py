@@ -102,15 +102,19 @@ class _Graders:
         self._waiting: list[tuple[Dialogue, asyncio.Future[list[Scored]]]] = []
         self._work: asyncio.Task[None] | None = None
 
-    async def score(self, dialogue: Dialogue) -> list[Scored]:
-        """The dialogue with its rewards; empty where it failed."""
-        if self._inline:
-            return self._score([dialogue])
+    def score(self, dialogue: Dialogue) -> asyncio.Future[list[Scored]]:
+        """The dialogue with its rewards, some time; empty where it failed."""
         future: asyncio.Future[list[Scored]] = asyncio.get_running_loop().create_future()
+        if self._inline:
+            try:
+                future.set_result(self._score([dialogue]))
+            except Exception as error:  # the grader's own: it goes to who waits
+                future.set_exception(error)
+            return future
         self._waiting.append((dialogue, future))
         if self._work is None or self._work.done():
             self._work = asyncio.create_task(self._grade())
-        return await future
+        return future
 
     def close(self) -> None:
         """What is being graded is not waited for."""
@@ -176,32 +180,38 @@ class _Step:
         """All samples of a question, or the first ones where these agree."""
         first = range(self.settings.stop_after_equal or 0)
         ended: dict[int, Dialogue] = {}
-        scored: dict[int, list[Scored]] = {}
-        grading: list[asyncio.Task[None]] = []
+        grading: dict[int, asyncio.Future[list[Scored]]] = {}
 
-        async def grade(dialogue: Dialogue) -> None:
-            scored[dialogue.sample] = await self.graders.score(dialogue)
-            if _agree([scored.get(n) for n in first]):
+        def scored(sample: int) -> list[Scored] | None:
+            future = grading.get(sample)
+            known = future is not None and future.done() and not future.cancelled() and future.exception() is None
+            return future.result() if future is not None and known else None
+
+        def stop_if_they_agree(_: object) -> None:
+            if _agree([scored(n) for n in first]):
                 talking.cancel()
 
         def on_done(dialogue: Dialogue) -> None:
             self.ended = time.perf_counter()
             ended[dialogue.sample] = dialogue
-            grading.append(asyncio.create_task(grade(dialogue)))
+            grading[dialogue.sample] = self.graders.score(dialogue)
+            if first:
+                grading[dialogue.sample].add_done_callback(stop_if_they_agree)
 
         talking = asyncio.create_task(self.converse(question, on_done))
         try:
             await asyncio.wait([talking])
             if not talking.cancelled():
-                await asyncio.gather(talking, *grading)
-            if _agree([scored.get(n) for n in first]):  # whether or not the others had ended by then
-                return _Group([ended[n] for n in first], [one for n in first for one in scored[n]], False, True)
+                await asyncio.gather(talking, *grading.values())
+            if _agree([scored(n) for n in first]):  # whether or not the others had ended by then
+                return _Group([ended[n] for n in first], [one for n in first for one in scored(n) or ()], False, True)
             dialogues = talking.result()
-            found = [one for dialogue in dialogues for one in scored[dialogue.sample]]
+            found = [one for dialogue in dialogues for one in grading[dialogue.sample].result()]
             return _Group(dialogues, found, not self.settings.refill or self.live(found))
         finally:
-            for task in (talking, *grading):
-                task.cancel()
+            talking.cancel()
+            for future in grading.values():
+                future.cancel()
 
 
 def _agree(samples: Sequence[list[Scored] | None]) -> bool:
