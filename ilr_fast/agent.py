@@ -33,6 +33,7 @@ from ilr_fast.config import AgentConfig, Config
 from ilr_fast.flash_attention import RaggedKernel
 from ilr_fast.fused_layers import fuse_layers
 from ilr_fast.gradients import GradientSinks
+from ilr_fast.host_copy import copied
 from ilr_fast.layer_graphs import LayerGraphs, make_graphs
 from ilr_fast.loading import load_policy, load_reference, recompute_activations, restore_weights
 from ilr_fast.models import resolve_model
@@ -91,6 +92,7 @@ class Agent:
         self.recomputes = self.trains and config.gradient_checkpointing is True
         spare = self._recompute if self.trains and not self.recomputes else None
         self.guard = MemoryGuard(name, config.batch_tokens, spare)
+        self._held: list[Any] | None = None  # copies of weights and state that are yet to be written
 
     def update(self, sequences: Sequence[TrainingSequence], step: int) -> StepResult:
         """Trains on one rollout: `epochs` × `minibatches` optimizer steps at the rate of `step` (from 1).
@@ -146,16 +148,26 @@ class Agent:
         found = iter(self.guard.run(logp_N, self._make_room, longest, backward=False).tolist())
         return [tuple(islice(found, sum(t.end - t.start for t in s.turns))) for s in sequences]
 
+    def hold(self) -> bool:
+        """See Host. Adapters are not copied: they are written soon."""
+        self._held = None
+        if self.config.train == "full":
+            self._held = copied([self.model.state_dict(), self._state()], self.device)
+        return self._held is not None
+
     def save_model(self, folder: Path) -> None:
         """Writes weights (adapters in peft's format) and tokenizer as a Hugging Face folder."""
-        self.model.save_pretrained(folder)
+        self.model.save_pretrained(folder, **({"state_dict": self._held[0]} if self._held else {}))
         self.tokenizer.save_pretrained(folder)
 
     def save_state(self, folder: Path) -> None:
         """Writes the optimizer's state; random numbers of training come from (seed, step), so none need be kept."""
-        state = {"optimizer": self.optimizer.state() if self.optimizer else None, "loss_scale": self.loss_scale}
+        held, self._held = self._held, None
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save(state, folder / "trainer.pt")
+        torch.save(held[1] if held else self._state(), folder / "trainer.pt")
+
+    def _state(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer.state() if self.optimizer else None, "loss_scale": self.loss_scale}
 
     def load(self, model_folder: Path, state_folder: Path) -> None:
         """Restores what `save_model` and `save_state` wrote, in place; UserError for another model's checkpoint."""

@@ -66,8 +66,9 @@ def save(
 ) -> Path:  # fmt: skip
     """Writes `folder/step_…` atomically, then moves `best` and removes what need not be kept. Returns its path.
 
-    `on_read` is called once all weights and states stand in files: what is left, hashes and the flush to the disk,
-    needs the agents no more. `state` is JSON; checkpoints of later steps (damaged ones that were skipped) are removed.
+    `on_read` is called once all weights and states stand in copies (Host.hold), or else in files: what is left needs
+    the agents no more; it may be called again. `state` is JSON; checkpoints of later steps (damaged ones that were
+    skipped) are removed.
     A full disk raises UserError and leaves every earlier checkpoint as it was. Only one process may save into a folder.
     """
     assert keep >= 1 and step >= 1
@@ -135,6 +136,8 @@ def _write(
 ) -> None:  # fmt: skip
     folder.mkdir()
     trained = {name: host for name, host in hosts.items() if host.trains}
+    if all([host.hold() for host in trained.values()]):
+        on_read()
     for name, host in trained.items():
         for part, write in ((name, host.save_model), (f"{name}.state", host.save_state)):
             (folder / part).mkdir()

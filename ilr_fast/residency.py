@@ -229,6 +229,10 @@ class Resident:
         self._residency.arrange(self.name, "learn")
         return self._host.reference_logps(sequences)
 
+    def hold(self) -> bool:
+        """See Host. The step waits for the files of agents that take turns."""
+        return False
+
     def save_model(self, folder: Path) -> None:
         """See Host."""
         self._residency.arrange(self.name, "weights")

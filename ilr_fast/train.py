@@ -112,7 +112,7 @@ class _Steps:
         self.done = self.saved = start
         self.whole = True  # False while some agents are updated and others not
         self.saving, self.writing = Background("checkpoint"), Background("dialogues")
-        self.read = Event()  # a checkpoint's weights stand in files: hashes and the flush to the disk need them no more
+        self.read = Event()  # a checkpoint's weights stand in copies or files: what is left needs them no more
         self.ahead: Rollout | None = None  # the next step's
         self.late: BaseException | None = None  # what ended it, raised once this step is whole
         self.row: dict[str, Any] = {}
@@ -142,7 +142,7 @@ class _Steps:
         rollout, self.ahead = self.ahead or self.talk(step, timer), None
         if self.saving.busy:
             with timer("checkpoint"):
-                self.saving.reached(self.read)  # weights must not change before they stand in files
+                self.saving.reached(self.read)  # weights must not change before they are copied
         with self.interrupt.held():
             self.whole = False
             self.writing.start(partial(session.folder.write_dialogues, step, rollout.credited))

@@ -234,6 +234,28 @@ def test_resuming_gives_the_same_bits(folder, tmp_path, keys):
     assert not torch.equal(weights(agent), weights(make_agent(folder, **keys)))
 
 
+def test_what_is_held_is_written_whatever_is_learned_meanwhile_and_once(folder, tmp_path, monkeypatch):
+    agent = make_agent(folder, dtype="bfloat16")
+    assert not agent.hold()  # on the host nothing is gained
+    monkeypatch.setattr("ilr_fast.host_copy.worth_it", lambda device: True)
+    agent.update(rollout(1), 1)
+    for name in ("plain", "held", "later"):
+        assert name != "held" or agent.hold()
+        if name == "held":
+            agent.update(rollout(2), 2)
+        agent.save_model(tmp_path / name)
+        agent.save_state(tmp_path / name)
+    plain, held, later = (
+        [(tmp_path / name / file).read_bytes() for file in ("model.safetensors", "trainer.pt", "config.json")]
+        for name in ("plain", "held", "later")
+    )
+    assert held == plain and later[0] != plain[0] and later[1] != plain[1]
+    monkeypatch.setattr("ilr_fast.host_copy.available_host_memory", lambda: 1000)
+    assert not agent.hold()
+    adapters = make_agent(folder, train="lora", lora=LoraConfig(rank=4))
+    assert not adapters.hold()
+
+
 def test_another_models_checkpoint_is_refused(folder, tmp_path):
     other = make_agent(save_model(tmp_path, "gemma3"))
     other.save_model(tmp_path / "model")

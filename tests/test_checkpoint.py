@@ -28,6 +28,9 @@ class Blob:
     def content(self) -> bytes:
         return random.Random(f"{self.name}{self.step}").randbytes(self.size)
 
+    def hold(self) -> bool:
+        return False
+
     def save_model(self, folder: Path) -> None:
         (folder / "model.bin").write_bytes(self.content())
 
@@ -158,6 +161,25 @@ def test_peers_that_only_talk_are_not_saved(tmp_path):
     assert not (path / "p").exists()
     newest_good(tmp_path).restore(hosts)
     assert hosts["a"].loaded and not hasattr(hosts["p"], "loaded")
+
+
+@pytest.mark.parametrize("copied", ["both", "one"])
+def test_updates_may_go_on_once_all_is_copied_or_else_written(copied, tmp_path):
+    told = []
+
+    class Held(Blob):
+        def hold(self) -> bool:
+            told.append(f"{self.name} copied")
+            return copied == "both" or self.name == "a"
+
+        def save_state(self, folder: Path) -> None:
+            told.append(f"{self.name} written")
+            super().save_state(folder)
+
+    hosts = {name: Held(name, 1) for name in ("a", "b")}
+    save(tmp_path, 1, hosts, {}, keep=1, score=None, on_read=lambda: told.append("go on"))
+    assert told[told.index("go on") - 1] == ("b copied" if copied == "both" else "b written")
+    assert told[-1] == "go on" and whole(tmp_path) == 1
 
 
 def test_a_failing_save_leaves_what_was(tmp_path):

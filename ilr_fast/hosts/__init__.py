@@ -50,6 +50,13 @@ class Host(Protocol):
         """The frozen reference's log-probs of every token of every turn, one tuple a sequence."""
         ...
 
+    def hold(self) -> bool:
+        """Copies what `save_model` and `save_state` write, which write the copies then, each once and in that order.
+
+        The agent may be updated meanwhile. False, and nothing is copied, where it can't or need not be.
+        """
+        ...
+
     def save_model(self, folder: Path) -> None:
         """Writes weights and tokenizer so that `AutoModelForCausalLM.from_pretrained(folder)` (or peft) loads them."""
         ...

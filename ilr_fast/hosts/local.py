@@ -96,6 +96,10 @@ class LocalHost:
         """See Host."""
         return self.agent.reference_logps(sequences)
 
+    def hold(self) -> bool:
+        """See Host."""
+        return self.agent.hold()
+
     def save_model(self, folder: Path) -> None:
         """See Host."""
         self.agent.save_model(folder)

@@ -85,6 +85,10 @@ class ProcessHost:
         found = self._link.ask("reference_logps", sequences=messages.from_sequences(sequences)).result()
         return [tuple(logps) for logps in found]
 
+    def hold(self) -> bool:
+        """See Host. The step waits for the files of agents in processes."""
+        return False
+
     def save_model(self, folder: Path) -> None:
         """See Host."""
         self._link.ask("save_model", folder=str(folder)).result()
