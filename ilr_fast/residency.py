@@ -231,7 +231,10 @@ class Resident:
 
     def hold(self) -> bool:
         """See Host. The step waits for the files of agents that take turns."""
-        return False
+        if self._residency.sleep[self.name] == "turns":
+            return False
+        self._residency.arrange(self.name, "weights")
+        return self._host.hold()
 
     def save_model(self, folder: Path) -> None:
         """See Host."""

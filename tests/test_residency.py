@@ -44,6 +44,10 @@ class FakeHost:
         result = self.update(sequences, step)
         return lambda: result
 
+    def hold(self):
+        assert self.holds[self.name] != "away"
+        return True
+
     def save_model(self, folder):
         assert self.holds[self.name] != "away"
         self.note("saves")
@@ -92,6 +96,7 @@ def test_keys_and_values_are_back_with_the_first_request_and_gone_for_updates():
     finish = [host.start_update([], 4) for host in (a, b, c)]
     assert holds == {"a": "training", "b": "training", "c": "awake"}
     assert [f().tokens_trained for f in finish] == [4, 4, 4]
+    assert a.hold() and holds["a"] == "training"
     a.save_model(Path())
     assert events[2:] == ["a training", "b training", "a learns", "b learns", "c learns", "a saves"]
     events.clear()
@@ -114,6 +119,7 @@ def test_one_agent_at_a_time_is_there_and_the_longest_queue_comes_next():
     learned = [event for event in events if "learns" in event]
     assert learned == ["b learns", "a learns", "c learns"], "the resident agent is the first"
     for host in present.values():
+        assert not host.hold(), "a copy would bring each agent twice"
         host.save_model(Path())
         host.save_state(Path())
     assert list(holds.values()).count("away") == 2
