@@ -18,7 +18,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -27,15 +26,15 @@ from ilr_kernels.lm_head import linear_logprob, linear_policy_loss
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from ilr_fast.agent_files import AgentFiles
 from ilr_fast.attention import LMHead, lm_head_of, packed_forward
 from ilr_fast.batch import BatchRules, PackedBatch, PackedStep, pack_step, split_by_question
 from ilr_fast.config import AgentConfig, Config
 from ilr_fast.flash_attention import RaggedKernel
 from ilr_fast.fused_layers import fuse_layers
 from ilr_fast.gradients import GradientSinks
-from ilr_fast.host_copy import copied
 from ilr_fast.layer_graphs import LayerGraphs, make_graphs
-from ilr_fast.loading import load_policy, load_reference, recompute_activations, restore_weights
+from ilr_fast.loading import load_policy, load_reference, recompute_activations
 from ilr_fast.models import resolve_model
 from ilr_fast.optimizer import Optimizer
 from ilr_fast.out_of_memory import MemoryGuard
@@ -48,7 +47,7 @@ Result = TypeVar("Result")
 FIRST_LOSS_SCALE = 2.0**12  # float16 gradients below 6e-8 would vanish; halved after every overflow
 
 
-class Agent:
+class Agent(AgentFiles):
     """A model with what its training needs. `train: none` has neither optimizer nor reference.
 
     `model`: what `load_policy` gave, where an engine has already made its weights the engine's own; `kernel`: the
@@ -92,7 +91,6 @@ class Agent:
         self.recomputes = self.trains and config.gradient_checkpointing is True
         spare = self._recompute if self.trains and not self.recomputes else None
         self.guard = MemoryGuard(name, config.batch_tokens, spare)
-        self._held: list[Any] | None = None  # copies of weights and state that are yet to be written
 
     def update(self, sequences: Sequence[TrainingSequence], step: int) -> StepResult:
         """Trains on one rollout: `epochs` × `minibatches` optimizer steps at the rate of `step` (from 1).
@@ -147,36 +145,6 @@ class Agent:
         longest = max(len(sequence.tokens) for sequence in sequences)
         found = iter(self.guard.run(logp_N, self._make_room, longest, backward=False).tolist())
         return [tuple(islice(found, sum(t.end - t.start for t in s.turns))) for s in sequences]
-
-    def hold(self) -> bool:
-        """See Host. Adapters are not copied: they are written soon."""
-        self._held = None
-        if self.config.train == "full":
-            self._held = copied([self.model.state_dict(), self._state()], self.device)
-        return self._held is not None
-
-    def save_model(self, folder: Path) -> None:
-        """Writes weights (adapters in peft's format) and tokenizer as a Hugging Face folder."""
-        self.model.save_pretrained(folder, **({"state_dict": self._held[0]} if self._held else {}))
-        self.tokenizer.save_pretrained(folder)
-
-    def save_state(self, folder: Path) -> None:
-        """Writes the optimizer's state; random numbers of training come from (seed, step), so none need be kept."""
-        held, self._held = self._held, None
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save(held[1] if held else self._state(), folder / "trainer.pt")
-
-    def _state(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer.state() if self.optimizer else None, "loss_scale": self.loss_scale}
-
-    def load(self, model_folder: Path, state_folder: Path) -> None:
-        """Restores what `save_model` and `save_state` wrote, in place; UserError for another model's checkpoint."""
-        restore_weights(self.model, model_folder)
-        file = state_folder / "trainer.pt"
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        self.loss_scale = state["loss_scale"]
-        if self.optimizer is not None:
-            self.optimizer.restore(state["optimizer"], str(file))
 
     def _reference(self, where: str) -> Any:
         """A second model for full training; for adapters the model itself, with the adapters switched off."""

@@ -25,9 +25,10 @@ LAYERS = {
         rewards.* protocols protocols.* chat prompts models model_folder convert convert_* hub rows environment
         dialogue_rows transcripts""",
     "one agent": """engines engines.* attention flash_attention fused_layers fused_block fused_mlp products
-        segments layer_graphs graph_sizes tree_plan tree_blocks prefixes micro_batches agent kernels_ahead batch credit
-        gradients in_place loading optimizer parked step_meter weights memory model_shape activations copies
-        host_copy host_states out_of_memory quantized update_inputs whole_sums""",
+        segments layer_graphs graph_sizes tree_plan tree_blocks prefixes micro_batches agent agent_files
+        kernels_ahead batch credit gradients in_place loading optimizer parked step_meter weights memory
+        model_shape activations copies host_copy host_states out_of_memory quantized update_inputs
+        whole_sums""",
     "agents together": """hosts hosts.* residency team rollout context score groups ability difficulty ranking
         ranking_* checkpoint failures metrics trackers steplog progress runfolder plan fill_in engine_checks
         plan_command plan_table""",
