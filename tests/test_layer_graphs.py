@@ -52,14 +52,13 @@ def poison(agent: Agent) -> None:
         passes._segments._all.fill_(-7)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("budget", [8192, 300])
+@pytest.mark.parametrize(("family", "budget"), [*((family, 8192) for family in FAMILIES), ("qwen2", 300)])
 def test_gradients_are_those_of_every_sequence_alone(
     family: str, budget: int, flash_written_out: None, poisoned: None
 ) -> None:
     model = small(family)
     agent = on_cpu(model, micro_batch_tokens=budget)
-    for seed in (0, 1, 0):
+    for seed in (0, 1):
         sequences = rollout(prompt=30, longest=40, seed=seed)
         truth = plain_gradients(model, sequences, "cpu", torch.float32)
         ours = gradients(agent, sequences)
