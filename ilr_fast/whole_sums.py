@@ -1,8 +1,7 @@
 """cuBLAS so that a row's product has the same bits whatever is computed beside it: no sum over its length is split.
 
 An exact engine (engines/vllm_exact.py) wants that of every product that log-probs follow from, for the whole process.
-Gradients follow from none: a backward pass splits sums as it always did. Its products of few rows and columns over
-thousands of tokens are slower without.
+Gradients follow from none: a backward pass multiplies as it always did.
 
     whole_sums()                 # before anything is multiplied on the device
     with split_sums():
