@@ -69,11 +69,11 @@ def prepare_chat(name: str, agent: AgentConfig) -> ChatFormat:
     from ilr_fast.engines.vllm_core import check_version
     from ilr_fast.loading import device_of
 
+    device = device_of(agent, f"agents.{name}")
     if agent.engine.name == "vllm":
-        check_version(f"agents.{name}", exact=agent.engine.exact)
+        check_version(f"agents.{name}", exact=agent.engine.exact and device.type == "cuda")
     where = f"agents.{name}.model = {agent.model}"
     folder = resolve_model(agent.model, where, weights=not agent.random_weights)
-    device_of(agent, f"agents.{name}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:

@@ -125,7 +125,7 @@ def open_core(model: Any, options: CoreOptions, where: str, device: torch.device
 
     A model with adapters (peft) gets one for its base, with room for the adapter.
     """
-    check_version(where, exact=options.exact)
+    check_version(where, exact=options.exact and device.type == "cuda")
     adapters = lora_arguments(model, where)
     model = model.get_base_model() if adapters else model
     context = context_of(model, options.max_context, where)
