@@ -16,7 +16,7 @@ Agents that take turns are resident one at a time. Requests to those that are aw
 none of its requests runs and none has come for some passes of the event loop: a swap copies all weights there and back,
 and costs as much for one turn as for a thousand; until then whatever it samples was due anyway, and every peer that
 waits has the more to do at once. Next comes the one with the most queued tokens (prompt and limit). Of a step's updates
-that of the resident agent comes first. What is sampled does not change: every request has a seed of its own.
+that of the resident agent comes first. What is sampled does not change where every request has a seed of its own.
 """
 
 from __future__ import annotations
