@@ -1,6 +1,7 @@
 """Draws `curve.json`: held-out accuracy over steps and seconds of training, ours and TRL's, seeds and means.
 
-Seconds are drawn of runs that had the card alone, steps of all that came to their end.
+Seconds are drawn of runs that had the card alone, steps of all that came to their end; means are those of the seeds
+that both sides have.
 
     ilr-fast bench figures            # docs/results/sums_gpu.png too, where there is a curve.json
 """
@@ -8,7 +9,7 @@ Seconds are drawn of runs that had the card alone, steps of all that came to the
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,13 @@ def draw_curves(out: Path | None, quick: bool) -> list[Path]:
     return [_draw(json.loads(path.read_text()), file)]
 
 
+def _whole(rows: Sequence[Mapping[str, Any]], side: str) -> list[Mapping[str, Any]]:
+    """The runs of a side that came to their end."""
+    ran = [row for row in rows if row["variant"] == side and row.get("curve") and not row.get("keys")]
+    last = max((row["curve"][-1][0] for row in ran), default=0)
+    return [row for row in ran if row["curve"][-1][0] == last]
+
+
 def _draw(result: Mapping[str, Any], file: Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -40,14 +48,15 @@ def _draw(result: Mapping[str, Any], file: Path) -> Path:
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2, sharey=True)
     figure.subplots_adjust(left=0.08, right=0.97, top=0.84, bottom=0.19, wspace=0.08)
+    whole = {side: _whole(result["rows"], side) for side in COLOURS}
     for side, colour in COLOURS.items():
-        rows = [row for row in result["rows"] if row["variant"] == side and row.get("curve") and not row.get("keys")]
-        last = max((row["curve"][-1][0] for row in rows), default=0)
-        rows = [row for row in rows if row["curve"][-1][0] == last]
         for panel, at in zip(panels, (0, 2), strict=True):
-            curves = [row["curve"] for row in rows if at == 0 or not row.get("beside_others")]
+            drawn = {name: {row["seed"]: row["curve"] for row in rows if at == 0 or not row.get("beside_others")}
+                     for name, rows in whole.items()}  # fmt: skip
+            both = set.intersection(*map(set, drawn.values())) or set(drawn[side])
+            curves = [drawn[side][seed] for seed in sorted(both)]
             mean = mean_curve(curves)
-            for curve in curves:
+            for curve in drawn[side].values():
                 panel.plot([p[at] for p in curve], [100 * p[3] for p in curve], color=colour, alpha=0.3, linewidth=0.8)
             if mean:
                 panel.plot([p[at] for p in mean], [100 * p[3] for p in mean], color=colour, linewidth=2,
@@ -62,7 +71,7 @@ def _draw(result: Mapping[str, Any], file: Path) -> Path:
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="y", color="#eeeeee")
     panels[0].set_ylabel("held-out sums right, %")
-    panels[0].text(0.01, 100 * GOAL + 0.5, f"goal, {GOAL:.0%}", color=GREY, fontsize=7,
+    panels[0].text(0.99, 100 * GOAL - 1.8, f"goal, {GOAL:.0%}", color=GREY, fontsize=7, ha="right",
                    transform=panels[0].get_yaxis_transform())  # fmt: skip
     figure.suptitle("SmolLM2-135M learns sums of 1 to 50 by GRPO, one GPU; thin: seeds, dots: the mean is at the goal",
                     x=0.08, ha="left", fontsize=11)  # fmt: skip

@@ -110,7 +110,7 @@ def test_what_ran_beside_others_has_no_times_and_what_one_side_ran_is_not_compar
 def test_the_figure_holds_every_seed(tmp_path):
     pytest.importorskip("matplotlib")
     assert curve_figure.draw_curves(tmp_path, False) == []
-    rows = [result(side, 0.4, 0.8, 0.9) for side in (curve.OURS, curve.THEIRS) for _ in range(2)]
+    rows = [result(side, 0.4, 0.8, 0.9, seed=seed) for side in (curve.OURS, curve.THEIRS) for seed in (1, 2)]
     about = {"device": "H100", "versions": {"torch": "2.11"}, "commit": None, "date": "2026-11-26T02:00"}
     (tmp_path / "curve.json").write_text(json.dumps({**about, "rows": rows}))
     (file,) = curve_figure.draw_curves(tmp_path, False)
