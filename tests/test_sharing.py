@@ -170,6 +170,14 @@ with sharing.served(True): print("open", flush=True); time.sleep(60)
     assert gone(notes)
 
 
+def environ(pid: int) -> bytes:
+    """A process's environment, which is empty for a moment while it begins."""
+    end = time.monotonic() + 10
+    while not (found := Path(f"/proc/{pid}/environ").read_bytes()) and time.monotonic() < end:
+        time.sleep(0.01)
+    return found
+
+
 def test_workers_are_its_clients(notes, tmp_path, monkeypatch):
     models = save_models(tmp_path / "models")
     agents = {name: agent(models, name, host="process", engine={"slots": 2}) for name in ("ada", "bob")}
@@ -179,7 +187,7 @@ def test_workers_are_its_clients(notes, tmp_path, monkeypatch):
     def told(**keys: object) -> list[list[str]]:
         with ExitStack() as stack:
             hosts = team._start(replace(config, **keys), tmp_path, stack).values()
-            places = [Path(f"/proc/{host.pid}/environ").read_bytes() for host in hosts]
+            places = [environ(host.pid) for host in hosts]
             return [[name for name in (PIPES, PLACE) if f"{name}=".encode() in place] for place in places]
 
     assert told(mps="never") == [[], []] and not (notes / "pid").exists()
