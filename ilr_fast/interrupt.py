@@ -23,12 +23,14 @@ WAITING = b"\ninterrupted: the update or checkpoint under way is finished first;
 class Interrupt:
     """Turns SIGINT, SIGTERM and SIGHUP into KeyboardInterrupt, put off while `held()`; a second one is not put off.
 
-    SIGHUP stays ignored where it is, as under nohup.
+    A terminal that closes sends SIGHUP twice, once by its shell: that counts once. Where it is ignored, as under
+    nohup, it stays so.
     """
 
     def __init__(self) -> None:
         self._holding = False
         self._pending = False
+        self._hung_up = False
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> Interrupt:
@@ -45,6 +47,9 @@ class Interrupt:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGHUP:
             _leave_closed_terminals()
+            if self._hung_up:
+                return
+            self._hung_up = True
         if self._holding and not self._pending:
             self._pending = True
             os.write(2, WAITING)  # not by print, which may be in the middle of a line

@@ -46,6 +46,17 @@ def test_a_second_one_is_not_put_off(capfd):
     assert signal.getsignal(signal.SIGINT) == previous
 
 
+def test_a_terminal_that_closes_hangs_up_twice_and_cuts_nothing_off(capfd):
+    done = []
+    with Interrupt() as interrupt, pytest.raises(KeyboardInterrupt):
+        with interrupt.held():
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGHUP)
+            done.append(True)
+        done.append(False)
+    assert done == [True]
+
+
 def test_a_closed_terminal_is_ignored_under_nohup():
     previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
