@@ -74,6 +74,13 @@ def test_the_service_lasts_as_long_as_it_is_used(notes, monkeypatch):
     assert (notes / "quit").read_text() == "quit -t 3\n" and gone(notes) and not Path(environment[PIPES]).exists()
 
 
+def test_an_interruption_stays_one_and_leaves_nothing(notes):
+    (notes / "stubborn").touch()  # else its end is no longer than what Popen waits for then
+    with pytest.raises(KeyboardInterrupt), served(True) as environment:
+        raise KeyboardInterrupt
+    assert gone(notes, 0) and not Path(environment[PIPES]).exists()
+
+
 def test_what_does_not_quit_is_killed_with_all_that_it_started(notes):
     (notes / "stubborn").touch()
     with served(True) as environment:
@@ -238,4 +245,5 @@ def test_an_error_that_may_be_the_server_s_names_the_way_without(tmp_path, monke
         link.ask("generate").result(30)
     link.close()
     assert [("mps: never" in str(error.value)) for error in (mistake, lost)] == [bool(environment)] * 2
+    assert not hint("this vLLM computes on cpu and the agent on cuda", {PIPES: "/x"})
     assert not hint("the model is not there", {PIPES: "/x"}) and not hint("CUDA out of memory", {PIPES: "/x"})

@@ -67,7 +67,7 @@ def served(shared: bool, keep_step: bool = True) -> Iterator[dict[str, str]]:
 
 def hint(told: str, environment: Mapping[str, str]) -> str:
     """What to try where an error of a process with this environment may come from the server; else empty."""
-    blamed = PIPES in environment and re.search(r"\bMPS\b|CUDA|\bcuda\b", told) and "out of memory" not in told
+    blamed = PIPES in environment and re.search(r"\bMPS\b|CUDA", told) and "out of memory" not in told
     return "`mps: never` goes without the MPS server that its process was a client of" if blamed else ""
 
 
@@ -125,7 +125,8 @@ def _keeper(daemon: str) -> Iterator[str]:
             yield said
     finally:
         word, _, folder = said.partition(" ")
-        if keeper.returncode < 0 and word == "listens":  # it was killed
+        # After a KeyboardInterrupt Popen has waited for a quarter of a second only. Below 0: it was killed.
+        if keeper.wait() < 0 and word == "listens":
             _quit(daemon, os.environ | _places(folder))
             shutil.rmtree(folder, ignore_errors=True)
 
