@@ -52,7 +52,8 @@ def mean_curve(curves: Sequence[Sequence[Point]]) -> list[list[float]]:
 
 def compared(found: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """A row that compares the seeds which both sides ran, judged by those that had the card alone; none without one."""
-    sides = [{r["seed"]: r for r in found if r["variant"] == side and r["curve"]} for side in (OURS, THEIRS)]
+    trained = [r for r in found if r["curve"] and r["curve"][-1][2] > 0]  # the others ended before their first step
+    sides = [{r["seed"]: r for r in trained if r["variant"] == side} for side in (OURS, THEIRS)]
     both = [(sides[0][seed], sides[1][seed]) for seed in sorted(sides[0].keys() & sides[1].keys())]
     if not both:
         return

@@ -104,6 +104,7 @@ def test_what_ran_beside_others_has_no_times_and_what_one_side_ran_is_not_compar
     row = compare(ours, theirs)
     assert row["seconds_to_goal"] == [] and row["times_faster"] is row["met"] is None
     assert row["accuracy_difference"] == 0 and row["accuracy_difference_ci95"] is None
+    assert list(curve_rule.compared([ours, result(curve.THEIRS, 0.2)])) == []  # it ended in its first step
     assert list(curve_rule.compared([ours])) == list(curve_rule.compared([ours, {**theirs, "curve": []}])) == []
 
 
