@@ -162,10 +162,11 @@ class Agent(AgentFiles):
         if self.sinks is not None:
             self.sinks.release()
 
-    def _make_room(self) -> None:
-        """After a lack of memory: what this optimizer step has made, and for good what graphs hold."""
+    def _make_room(self) -> str | None:
+        """After a lack of memory: what this optimizer step has made, and for good what graphs hold, which is said."""
         self._drop_gradients()
-        self.graphs = None
+        had, self.graphs = self.graphs is not None, None
+        return "the layers have no CUDA graphs from here on (graph_tokens)" if had else None
 
     def _given(self, part: Minibatch, several: bool, tokens: int, meter: StepMeter) -> Given:
         """π_old and π_ref of a minibatch, before the first update."""

@@ -32,9 +32,10 @@ class MemoryGuard:
         self._told: str | None = None
 
     def run(
-        self, work: Callable[[int], Result], undo: Callable[[], object], longest: int, *, backward: bool = True
+        self, work: Callable[[int], Result], undo: Callable[[], str | None], longest: int, *, backward: bool = True
     ) -> Result:
-        """work(tokens), after each lack of memory once more with less, `undo` first.
+        """work(tokens), after each lack of memory once more with less, `undo` first: where it says what it gave up
+        for good, that alone is tried.
 
         `longest` is the longest sequence: fewer tokens than that change nothing. Without a `backward` pass there is
         nothing to recompute. RunError where nothing is left to try.
@@ -44,11 +45,12 @@ class MemoryGuard:
                 return work(self.tokens)
             except torch.OutOfMemoryError as error:
                 what = str(error).partition("\n")[0]
-            undo()  # outside of `except`: the error's traceback holds what the pass had made
+            given_up = undo()  # outside of `except`: the error's traceback holds what the pass had made
             gc.collect()
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()
-            self._told = self._shrink(longest, what, backward)
+            change = given_up or self._shrink(longest, what, backward)
+            self._told = f"out of memory in an update, whose step was taken again; {change}"
 
     def told(self) -> str | None:
         """What was changed since the last call, for a warning."""
@@ -69,4 +71,4 @@ class MemoryGuard:
                 f"{self.name}: a single sequence of up to {longest} tokens does not fit the device's memory ({what})\n"
                 f"  → lower {keys}, or see what `ilr-fast plan` proposes; the run goes on from its last checkpoint"
             )
-        return f"out of memory in an update, whose step was taken again; {change}"
+        return change

@@ -14,6 +14,7 @@ from ilr_fast.cli import main
 from ilr_fast.config import LossConfig, OptimizerConfig
 from ilr_fast.engines.embedded import EmbeddedEngine
 from ilr_fast.errors import RunError
+from ilr_fast.out_of_memory import MemoryGuard
 
 TOKENS = 96
 
@@ -68,6 +69,26 @@ def test_the_step_is_taken_again_with_half_the_tokens(folder, where, keys):
     again = [made.update(rollout(seed=1, questions=6), 2) for made in (halved, failing)]
     assert torch.equal(weights(failing), weights(halved)) and again[1].note is None
     assert all(p.grad is None for p in failing.model.parameters()) and not failing.sinks.buffers
+
+
+def test_what_is_given_up_for_good_is_tried_before_anything_shrinks():
+    guard, given_up, tries = MemoryGuard("ada", 64, None), ["no graphs from here on", None], []
+
+    def work(tokens):
+        tries.append(tokens)
+        if len(tries) < 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return "done"
+
+    assert guard.run(work, lambda: given_up.pop(0), longest=8) == "done" and tries == [64, 64, 32]
+    assert "micro_batch_tokens is 32" in guard.told()
+
+
+def test_an_agent_gives_its_graphs_up_once(folder):
+    made = make_agent(folder)
+    made.graphs = object()
+    assert "graph_tokens" in made._make_room() and made.graphs is None
+    assert made._make_room() is None
 
 
 def test_gradients_of_float32_copies_are_given_up_too(folder):
