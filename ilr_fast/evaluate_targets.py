@@ -66,7 +66,7 @@ def together(targets: Sequence[Target]) -> tuple[Config, dict[str, tuple[Target,
 
 
 def _run(run: Path, overrides: Sequence[str]) -> Target:
-    config = load_config(run / "config.yaml", overrides)
+    config = load_config(run / "config.yaml", [*_of_training(run, overrides), *overrides])
     checkpoint = best_good(run / "checkpoints")
     if checkpoint is None:
         raise UserError("the run has no checkpoint yet", str(run), "wait for one, or name its models: that is the base")
@@ -75,6 +75,15 @@ def _run(run: Path, overrides: Sequence[str]) -> Target:
         for name, agent in config.agents.items()
     }
     return Target(run.resolve().name, _frozen(config, agents), method_of(config), f"step_{checkpoint.step:06d}", run)
+
+
+def _of_training(run: Path, overrides: Sequence[str]) -> list[str]:
+    """What the run's training has filled in and another device or engine would refuse, taken back."""
+    names = read_yaml(run / "config.yaml").get("agents") or {}
+    engines = {override.partition("=")[0] for override in overrides}
+    return [f"agents.{name}.graph_tokens=0" for name in names] + [
+        f"agents.{name}.engine.cache_gib=null" for name in names if f"agents.{name}.engine.name" in engines
+    ]
 
 
 def _models(agents: Mapping[str, str], overrides: Sequence[str]) -> Target:

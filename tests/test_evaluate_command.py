@@ -9,10 +9,20 @@ import pytest
 from learners import save_model, words
 from rich.console import Console
 
+from ilr_fast import evaluate_targets
 from ilr_fast.chat import ChatFormat
 from ilr_fast.checkpoint import save
-from ilr_fast.config import AgentConfig, Config, DataConfig, LoraConfig, PromptConfig, RewardConfig, RolloutConfig
-from ilr_fast.config_parse import dump
+from ilr_fast.config import (
+    AgentConfig,
+    Config,
+    DataConfig,
+    EngineConfig,
+    LoraConfig,
+    PromptConfig,
+    RewardConfig,
+    RolloutConfig,
+)  # fmt: skip
+from ilr_fast.config_parse import dump, load_config
 from ilr_fast.errors import UserError
 from ilr_fast.evaluate_command import evaluate_command
 from ilr_fast.evaluate_targets import read_targets
@@ -109,6 +119,20 @@ def test_two_runs_side_by_side_keep_their_own_names(run, tmp_path, models, quest
     assert sorted(mine) == [("ada", "debate"), ("ada", "single"), ("eve", "debate"), ("eve", "single")]
     assert ("eve", "single") not in [(r["agent"], r["mode"]) for r in results(run)]
     assert all(r.get("against_single") for r in results(other) + rows if r["mode"] == "debate")
+
+
+def test_what_training_on_a_gpu_filled_in_is_no_mistake_elsewhere(tmp_path):
+    """Graphs, and keys and values of vLLM's, as `auto` and null settle them."""
+    engine, task = EngineConfig(name="vllm", cache_gib=4.0), "task:largest"
+    agents = {"ada": AgentConfig(model="HuggingFaceTB/SmolLM2-135M", engine=engine, graph_tokens=2048)}
+    data = DataConfig(train=task, validation=task, test=task)
+    made = Config(agents=agents, data=data, protocol="single", interaction="none")
+    (tmp_path / "config.yaml").write_text(dump(made))
+    elsewhere = ["agents.ada.device=cpu", "agents.ada.dtype=float32", "agents.ada.engine.name=embedded"]
+    config = load_config(tmp_path / "config.yaml", [*evaluate_targets._of_training(tmp_path, elsewhere), *elsewhere])
+    assert config.agents["ada"].graph_tokens == 0 and config.agents["ada"].engine.cache_gib is None
+    kept = evaluate_targets._of_training(tmp_path, [])
+    assert load_config(tmp_path / "config.yaml", kept).agents["ada"].engine.cache_gib == 4.0
 
 
 def test_overrides_go_where_the_agent_is(run, models):
