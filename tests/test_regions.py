@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import sys
 
 import pytest
 import torch
@@ -140,3 +142,13 @@ def test_parked_tensors_come_back_as_the_same_objects():
     parked.leave()
     parked.come_back()
     assert torch.equal(weight, kept[0] + 1) and torch.equal(view, kept[2] + 1) and torch.equal(base, kept[1])
+
+
+def test_a_control_group_s_limit_counts(tmp_path):
+    assert device_memory.group_memory(tmp_path) == sys.maxsize
+    for name, text in (("memory.current", "700\n"), ("memory.stat", "anon 500\ninactive_file 200\n")):
+        (tmp_path / name).write_text(text)
+    for limit, left in (("1000\n", 500), ("max\n", sys.maxsize)):
+        (tmp_path / "memory.max").write_text(limit)
+        assert device_memory.group_memory(tmp_path) == left
+    assert 0 < device_memory.available_host_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import weakref
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -107,9 +109,22 @@ def pinned(size: int) -> torch.Tensor:
 
 
 def available_host_memory() -> int:
-    """Bytes that processes can still get without swapping."""
+    """Bytes that processes can still get without swapping: of the machine's, and of their control group's limit."""
+    return min(_available(), group_memory(Path("/sys/fs/cgroup")))
+
+
+def _available() -> int:
     with contextlib.suppress(OSError), open("/proc/meminfo", encoding="ascii") as file:
         for line in file:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def group_memory(group: Path) -> int:
+    """Bytes left under the limit of a control group (version 2); files that were read and not used since can go."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        limit = int((group / "memory.max").read_text())  # "max" is none
+        held = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return limit - int((group / "memory.current").read_text()) + int(held["inactive_file"])
+    return sys.maxsize
