@@ -233,17 +233,21 @@ class Resident:
         """See Host. The step waits for the files of agents that take turns."""
         if self._residency.sleep[self.name] == "turns":
             return False
-        self._residency.arrange(self.name, "weights")
         return self._host.hold()
+
+    def _with_weights(self) -> None:
+        """Agents that take turns have their weights back; those of others stay, and updates go on beside the files."""
+        if self._residency.sleep[self.name] == "turns":
+            self._residency.arrange(self.name, "weights")
 
     def save_model(self, folder: Path) -> None:
         """See Host."""
-        self._residency.arrange(self.name, "weights")
+        self._with_weights()
         self._host.save_model(folder)
 
     def save_state(self, folder: Path) -> None:
         """See Host."""
-        self._residency.arrange(self.name, "weights")
+        self._with_weights()
         self._host.save_state(folder)
 
     def load(self, model_folder: Path, state_folder: Path) -> None:
