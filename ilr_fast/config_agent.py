@@ -128,8 +128,10 @@ class AgentConfig:
     graph_tokens: int | Literal["auto"] = key(
         "auto",
         "Micro-batches of at most so many packed tokens pass through all layers as CUDA graphs (docs/training.md); 0: "
-        "none; auto: those that the host launches longer than a GPU computes, where memory allows it.",
+        "none; auto: at most 2,048 (more were not timed) of a model whose layers the host launches longer than a GPU "
+        "computes, where memory allows it.",
         low=0,
+        high=8192,
     )
     logits_mib: int | None = key(
         None, "MiB of logits that the loss holds at once; null: as many as are fastest, up to 2 GiB on a GPU.", low=16

@@ -201,6 +201,7 @@ def _own_choices(
             found.append([
                 (cost, Setting(name, "gradient_checkpointing", again)) for again, cost in costs.items()
                 if again != "mlp" or agent.train == "full"  # with adapters its speed has not been measured
+                if again is not True or not agent.graphed_tokens
             ])
         if agent.optimizer.offload == "auto":
             key, pays = "optimizer.offload", trained_count(agent, shapes[name]) > 10**8 and not on_cpu
@@ -225,8 +226,9 @@ def _excess(planned: RunPlan) -> int:
 
 def _may_sleep(config: Config, kind: str) -> bool:
     """Whether `engine.sleep: kind` frees anything: a lone agent has nobody to take turns with, and none has who talks
-    while others learn."""
-    return not config.rollout.ahead and (kind != "turns" or len(config.agents) > 1)
+    while others learn; weights that graphs were asked for stay where they are."""
+    graphed = any(agent.graphed_tokens for agent in config.agents.values())
+    return not config.rollout.ahead and (kind != "turns" or len(config.agents) > 1 and not graphed)
 
 
 def _single(config: Config, machine: Machine) -> Iterator[tuple[float, Setting]]:

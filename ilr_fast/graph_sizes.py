@@ -11,6 +11,7 @@ from ilr_fast.engines.step_size import LAUNCHED
 from ilr_fast.model_shape import BLOCKS, ModelShape
 
 SIZES = (8192, 4096, 2048, 1024, 512, 256)  # tokens that graphs are made for
+TIMED = 2048  # the largest size that was timed; `auto` makes no larger one
 WORTH = 2048  # a model that gains by smaller micro-batches only is left alone
 
 
@@ -27,7 +28,7 @@ def worthwhile(agent: AgentConfig, config: Config, shape: ModelShape, device: st
     trained = agent.train == "full" and agent.dtype != "float32"
     if device == "cpu" or apart or again or not blocks or not trained or LAUNCHED / linear < WORTH:
         return [0]
-    most = min(LAUNCHED / linear, _size_above(agent.batch_tokens))
+    most = min(LAUNCHED / linear, _size_above(agent.batch_tokens), TIMED)
     return [*(size for size in SIZES if size <= most), 0]
 
 
@@ -39,5 +40,6 @@ def _size_above(tokens: int) -> int:
 def held(agent: AgentConfig, shape: ModelShape, size: int) -> int:
     """Bytes that graphs hold, of numbers of `size` bytes: what the largest computes with, half, a quarter … of it."""
     recompute: Recompute = "mlp" if agent.gradient_checkpointing == "mlp" else False
-    one = activations(shape, agent.graphed_tokens, size=size, recompute=recompute, how="block")
+    tokens = _size_above(agent.graphed_tokens) if agent.graphed_tokens else 0
+    one = activations(shape, tokens, size=size, recompute=recompute, how="block")
     return 2 * (one.saved + one.passing)

@@ -26,6 +26,7 @@ from ilr_fast.fill_in import (
     remedies,
     set_keys,
 )  # fmt: skip
+from ilr_fast.graph_sizes import held
 from ilr_fast.memory import GIB
 from ilr_fast.model_shape import shape_of
 from ilr_fast.plan import Machine, estimated_contexts, plan_run
@@ -199,7 +200,7 @@ MANY = ("agents.smollm2.micro_batch_tokens=16384",)
 @pytest.mark.parametrize(
     "gib, overrides, tokens",
     [
-        (80, MANY, 8192),
+        (80, MANY, 2048),
         (16, MANY, 2048),
         (8, MANY, 0),
         (80, ("agents.smollm2.micro_batch_tokens=1000",), 1024),
@@ -220,6 +221,24 @@ def test_graphs_of_the_layers_take_what_memory_is_left(gib, overrides, tokens, s
     settled = fill_in(config, known, machine(gib))
     assert settled.agents["smollm2"].graph_tokens == tokens
     assert plan_run(settled, known, machine(gib)).fits
+
+
+def test_the_plan_counts_the_size_that_is_captured(shapes):
+    shape = shapes["HuggingFaceTB/SmolLM2-135M-Instruct"]
+    asked, captured = (load_config(SUMS, [f"agents.smollm2.graph_tokens={n}"]).agents["smollm2"] for n in (1030, 2048))
+    assert held(asked, shape, 2) == held(captured, shape, 2) > 0
+
+
+def test_graphs_that_were_asked_for_stay_and_what_refuses_them_is_not_taken(shapes):
+    """Two agents on a card that is too small to keep what has graphs."""
+    config, known = opened(PAIR, shapes)
+    agents = {
+        name: replace(agent, train="full", graph_tokens=2048, gradient_checkpointing="auto",
+                      engine=replace(agent.engine, sleep="auto"))
+        for name, agent in config.agents.items()
+    }  # fmt: skip
+    for agent in fill_in(replace(config, agents=agents), known, machine(8)).agents.values():
+        assert agent.gradient_checkpointing is not True and agent.engine.sleep != "turns"
 
 
 def test_models_whose_layers_take_long_and_other_families_have_no_graphs(shapes):

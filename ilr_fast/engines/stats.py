@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class EngineStats:
-    """Counts since the engine was made; `seconds` are those spent in steps."""
+    """Counts since the engine was made; `seconds` are those of steps, others' work beside them included."""
 
     requests: int = 0
     failed: int = 0
