@@ -12,6 +12,14 @@ import pytest
 from ilr_fast.interrupt import Interrupt
 
 
+@pytest.fixture(autouse=True)
+def no_nohup():
+    """SIGHUP as in a terminal, also where the tests run under nohup."""
+    previous = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, previous)
+
+
 def press() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
