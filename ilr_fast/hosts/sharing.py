@@ -13,7 +13,6 @@ any rights or settings of its own; here it belongs to the run alone, on pipes in
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
 import re
@@ -30,13 +29,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ilr_fast.engines.pace import paced
+from ilr_fast.parent import adopt
 
 DAEMON = "nvidia-cuda-mps-control"
 PIPES, LOGS = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
 _OWN_PIPES = Path("/tmp/nvidia-mps")  # where a daemon listens that is told nothing
 _STARTS, _ENDS = 10.0, 3.0  # seconds that the daemon may take
 _LONGEST = 107 - len("/control_privileged")  # bytes of a folder's path: a socket's has at most 107
-_PREFIX, _PR_SET_CHILD_SUBREAPER = "ilr-fast-mps-", 36
+_PREFIX = "ilr-fast-mps-"
 
 
 @contextlib.contextmanager
@@ -135,8 +135,7 @@ def _keep(daemon: str) -> None:
     """Runs the daemon, says where it listens, and ends it and all that it has started with the standard input."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-    with contextlib.suppress(AttributeError):  # not on Linux
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    adopt()
     folder = _folder()
     environment, log = os.environ | _places(folder), Path(folder, "output.log")
     try:
