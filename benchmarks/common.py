@@ -53,6 +53,17 @@ def row(
     }
 
 
+def without_vllm(variant: str, shape: str) -> dict[str, Any] | None:
+    """A row whose status says why vLLM can't be run here; None where it can."""
+    from ilr_fast.engines.vllm_core import check_version
+
+    try:
+        check_version("bench")
+    except UserError as error:
+        return row(variant, shape, [], status=str(error).splitlines()[0])
+    return None
+
+
 def write_results(
     name: str,
     rows: Sequence[Mapping[str, Any]],

@@ -25,11 +25,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from ilr_benchmarks.common import row
+from ilr_benchmarks.common import row, without_vllm
 from ilr_benchmarks.rollout_engine import error_of, options, ratio, speed, started, timed
 from ilr_benchmarks.rollout_load import TURNS, Load, in_stages, talk
 
-from ilr_fast.errors import UserError
 from ilr_fast.hosts.sharing import PIPES, served
 
 TARGET = 1.1
@@ -41,14 +40,10 @@ FAMILIES = ("qwen", "llama")
 
 def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> Iterator[dict[str, Any]]:
     """Rows; a row with a status alone where vLLM is missing."""
-    from ilr_fast.engines.vllm_core import check_version
-
     slots, rounds = 3 if quick else 256, min(rounds, 3)
     shape = _shape(slots, quick)
-    try:
-        check_version("bench")
-    except UserError as error:
-        yield row("both at the same time", shape, [], status=str(error).splitlines()[0])
+    if (missing := without_vllm("both at the same time", shape)) is not None:
+        yield missing
         return
     with _processes(slots, quick, device) as (way, processes):
         engines = [started({}, family, options(slots, quick), quick, device) for family in FAMILIES]

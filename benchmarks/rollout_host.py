@@ -16,23 +16,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from ilr_benchmarks.common import row
-
-from ilr_fast.errors import UserError
+from ilr_benchmarks.common import row, without_vllm
 
 PROMPT, CONTEXT, BLOCK, BATCH = 200, 4096, 16, 8192
 
 
 def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> Iterator[dict[str, Any]]:
     """A row for vLLM's scheduler and one for ours; a row with a status alone where vLLM is missing."""
-    from ilr_fast.engines.vllm_core import check_version
-
     requests, steps = (16, 40) if quick else (512, 100)
     shape = f"{requests} requests, {steps} steps, milliseconds a step"
-    try:
-        check_version("bench")
-    except UserError as error:
-        yield row("rows on top of it", shape, [], status=str(error).splitlines()[0])
+    if (missing := without_vllm("rows on top of it", shape)) is not None:
+        yield missing
         return
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 

@@ -24,11 +24,9 @@ from functools import wraps
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ilr_benchmarks.common import row
+from ilr_benchmarks.common import row, without_vllm
 from ilr_benchmarks.rollout_engine import error_of, options, speed, started, timed
 from ilr_benchmarks.rollout_load import TURNS, Load, talk
-
-from ilr_fast.errors import UserError
 
 TARGET = 25.0  # seconds, for `fast_start: true`
 # vLLM's functions by what they do, the outer ones first.
@@ -44,14 +42,10 @@ PARTS = {
 
 def run(*, rounds: int, quick: bool, only_ours: bool, device: str) -> Iterator[dict[str, Any]]:
     """Rows of each setting; a row with a status alone where vLLM is missing."""
-    from ilr_fast.engines.vllm_core import check_version
-
     slots = 6 if quick else 512
     shape = f"{'small' if quick else 'Qwen2 1.5B'}, {slots} dialogues of {TURNS} turns, all in flight"
-    try:
-        check_version("bench")
-    except UserError as error:
-        yield row("start", shape, [], status=str(error).splitlines()[0])
+    if (missing := without_vllm("start", shape)) is not None:
+        yield missing
         return
     for fast in (True, False):
         name = f"fast_start: {str(fast).lower()}"
